@@ -1,0 +1,124 @@
+"""Every data-parallel layout gives the loss and the gradients of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.ranks import run_ranks
+from titanmoe.models.build import build_model, init_weights, materialize
+from titanmoe.models.decoder import Decoder
+from titanmoe.models.spec import Dense, DecoderSpec, GroupedQuery, LayerSpec, MoE, Rope, Router
+from titanmoe.parallel.mesh import Mesh
+from titanmoe.parallel.parallelize import parallelize
+
+_ATTENTION = GroupedQuery(4, 2, 12, Rope(12, 1e4), qk_norm=True)
+SPEC = DecoderSpec(
+    dim=40,
+    vocab_size=97,  # odd, so that shards are uneven
+    layers=(
+        LayerSpec(_ATTENTION, Dense(56)),
+        LayerSpec(_ATTENTION, MoE(6, 2, 24, Router(normalize=True), shared=Dense(16))),
+    ),
+)
+GLOBAL_BATCH, SEQ_LEN = 4, 33
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(97, (GLOBAL_BATCH, SEQ_LEN), generator=generator)
+    return tokens, tokens.roll(-1, dims=1)
+
+
+def _step(model: Decoder, tokens: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """The summed loss over all ranks divided by the global number of tokens, and every whole gradient."""
+    logits = model(tokens)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / (GLOBAL_BATCH * SEQ_LEN)
+    loss.backward()
+    total = loss.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    return total.item(), grads
+
+
+def _reference(spec: DecoderSpec) -> tuple[float, dict[str, Tensor]]:
+    model = build_model(spec, device="cpu")
+    init_weights(model, seed=3)
+    return _step(model, *_batch())
+
+
+def _on_rank(
+    spec: DecoderSpec, dp_replicate: int, dp_shard: int, mode: str, reshard: str
+) -> tuple[float, dict[str, Tensor]]:
+    mesh = Mesh.build(torch.device("cpu"), dp_replicate=dp_replicate, dp_shard=dp_shard)
+    model = build_model(spec)
+    parallelize(
+        model,
+        mesh,
+        param_dtype=torch.float32,
+        reduce_dtype=torch.float32,
+        reshard_after_forward=reshard,
+        checkpoint_mode=mode,
+    )
+    materialize(model, "cpu")
+    init_weights(model, seed=3)
+    rows = GLOBAL_BATCH // mesh.num_data_ranks
+    mine = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
+    tokens, labels = _batch()
+    return _step(model, tokens[mine], labels[mine])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("dp_replicate", "dp_shard", "mode", "reshard"),
+    [
+        (1, 2, "none", "default"),
+        (2, 1, "none", "default"),
+        (1, 4, "full", "always"),
+        (2, 2, "selective", "never"),
+        (4, 1, "full", "default"),
+    ],
+)
+def test_layout_equals_one_process(tied: bool, dp_replicate: int, dp_shard: int, mode: str, reshard: str) -> None:
+    spec = replace(SPEC, tie_embeddings=tied)
+    loss, grads = _reference(spec)
+    results = run_ranks(_on_rank, dp_replicate * dp_shard, spec, dp_replicate, dp_shard, mode, reshard)
+    for rank_loss, rank_grads in results:
+        assert rank_loss == pytest.approx(loss, rel=1e-6)
+        assert rank_grads.keys() == grads.keys()
+        for name, grad in grads.items():
+            error = (rank_grads[name] - grad).abs().max() / grad.abs().max()
+            assert error < 1e-5, f"{name}: relative error {error:.2e}"
+
+
+def _mixed(dtype: torch.dtype, param_dtype: torch.dtype) -> tuple[float, dict[str, Tensor], set]:
+    mesh = Mesh.build(torch.device("cpu"), dp_replicate=1, dp_shard=dist.get_world_size())
+    model = build_model(SPEC, dtype=dtype)
+    parallelize(model, mesh, param_dtype=param_dtype, reduce_dtype=torch.float32)
+    materialize(model, "cpu")
+    init_weights(model, seed=3)
+    rows = GLOBAL_BATCH // mesh.num_data_ranks
+    mine = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
+    tokens, labels = _batch()
+    loss, grads = _step(model, tokens[mine], labels[mine])
+    return loss, grads, {parameter.grad.dtype for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_compute_keeps_the_stored_dtype(world_size: int, dtype: torch.dtype) -> None:
+    """float32 masters keep float32 gradients; the loss stays within bfloat16's rounding of the float32 one."""
+    reference, _ = _reference(SPEC)
+    for loss, _, dtypes in run_ranks(_mixed, world_size, dtype, torch.bfloat16):
+        assert loss == pytest.approx(reference, rel=2e-2)
+        assert dtypes == {dtype}

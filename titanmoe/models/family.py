@@ -1,0 +1,84 @@
+"""What a family is, and which families there are."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from titanmoe.config.errors import ConfigError
+from titanmoe.models.keys import Rule
+from titanmoe.models.spec import DecoderSpec
+
+FAMILIES = ("qwen3",)
+"""Every family, by the name of its file in `families/`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that is particular to a family of models.
+
+    Attributes:
+        name: what `model.name` calls it.
+        architectures: the names in a `config.json` that mean this family.
+        flavors: the sizes that `model.flavor` can name.
+        from_hf_config: a parsed `config.json` -> spec; raises ConfigError for options that are not supported.
+        to_hf_config: (spec, dtype name such as "bfloat16") -> what `config.json` holds.
+        rules: file tensors <-> parameters.
+        ignored_keys: patterns (fnmatch) of file tensors that carry nothing, such as recomputable buffers.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    flavors: Mapping[str, DecoderSpec]
+    from_hf_config: Callable[[Mapping[str, Any]], DecoderSpec]
+    to_hf_config: Callable[[DecoderSpec, str], dict[str, Any]]
+    rules: Sequence[Rule]
+    ignored_keys: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+
+    def flavor(self, name: str) -> DecoderSpec:
+        """The spec of a named size.
+
+        Raises:
+            ConfigError: no such flavor.
+        """
+        if name not in self.flavors:
+            raise ConfigError(
+                f"family {self.name!r} has no flavor {name!r}",
+                where="model.flavor",
+                mend=f"choose one of: {', '.join(self.flavors)}",
+            )
+        return self.flavors[name]
+
+
+def get_family(name: str) -> Family:
+    """The family called `name`.
+
+    Raises:
+        ConfigError: no such family.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(
+            f"no model family is called {name!r}", where="model.name", mend=f"choose one of: {', '.join(FAMILIES)}, auto"
+        )
+    return importlib.import_module(f"titanmoe.models.families.{name}").FAMILY
+
+
+def family_of_hf_config(config: Mapping[str, Any]) -> Family:
+    """The family whose architecture a parsed `config.json` names.
+
+    Raises:
+        ConfigError: the architecture is missing or not supported.
+    """
+    families = [get_family(name) for name in FAMILIES]
+    named = config.get("architectures") or []
+    for family in families:
+        if any(architecture in family.architectures for architecture in named):
+            return family
+    supported = ", ".join(architecture for family in families for architecture in family.architectures)
+    raise ConfigError(
+        f"architecture {', '.join(named) or '(none named)'} is not supported",
+        where="config.json: architectures",
+        mend=f"supported are: {supported}",
+    )

@@ -1,0 +1,133 @@
+"""The grouped product: every expert's rows times that expert's weight, in one call.
+
+Shape suffixes: R rows (sorted by expert), E experts, N output features, K input features.
+
+Rows of expert e are `x[offsets[e - 1] : offsets[e]]`; offsets stay on the device. FLOPs: 2 R N K forward, the same
+again for each gradient that is asked for. Bytes: the three operands once.
+
+On accelerators this is `torch.nn.functional.grouped_mm`. On CPU it is a loop over experts that writes each product in
+place: the offsets are in host memory anyway, and the loop is faster there (see `_row_blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ALIGNMENT_BYTES = 16
+"""What `F.grouped_mm` asks of every row stride (torch 2.11 to 2.13)."""
+
+
+def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    """Multiply each group of rows with its expert's weight: y[r] = w[e(r)] @ x[r].
+
+    Args:
+        x_RK: rows sorted by expert, contiguous.
+        w_ENK: one weight per expert, contiguous; same dtype as x.
+        offsets_E: int32, the end of each expert's rows; non-decreasing, and the last one is R.
+
+    Returns:
+        y_RN. Differentiable; a gradient is computed only for the operands that require one, so a frozen weight costs
+        no weight gradient.
+    """
+    return _GroupedProduct.apply(x_RK, w_ENK, offsets_E)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+        needs_dx, needs_dw, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x_RK if needs_dw else None, w_ENK if needs_dx else None, offsets_E)
+        return _rows_times_weights(x_RK, w_ENK, offsets_E, transpose=True)
+
+    @staticmethod
+    def backward(ctx, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_RK, w_ENK, offsets_E = ctx.saved_tensors
+        dy_RN = dy_RN.contiguous()
+        dx_RK = None if w_ENK is None else _rows_times_weights(dy_RN, w_ENK, offsets_E, transpose=False)
+        dw_ENK = None if x_RK is None else _rows_times_rows(dy_RN, x_RK, offsets_E)
+        return dx_RK, dw_ENK, None
+
+
+# Custom operators, so that torch.compile sees shapes and not loops, and float32 needs no compiled grouped kernel.
+
+
+@torch.library.custom_op("titanmoe::rows_times_weights", mutates_args=())
+def _rows_times_weights(x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, transpose: bool) -> Tensor:
+    """x[r] @ w[e].T if `transpose`, else x[r] @ w[e]."""
+    w_EAB = w_ENK.transpose(-2, -1) if transpose else w_ENK
+    if _has_grouped_kernel(x_RA, w_ENK):
+        return F.grouped_mm(x_RA, w_EAB, offs=offsets_E)
+    y_RB = x_RA.new_empty(x_RA.shape[0], w_EAB.shape[2])
+    weights = w_EAB.unbind(0)
+    for expert, start, end in _groups(offsets_E):
+        for rows in _row_blocks(start, end, x_RA.dtype):
+            torch.mm(x_RA[rows], weights[expert], out=y_RB[rows])
+    return y_RB
+
+
+@_rows_times_weights.register_fake
+def _(x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, transpose: bool) -> Tensor:
+    return x_RA.new_empty(x_RA.shape[0], w_ENK.shape[1 if transpose else 2])
+
+
+@torch.library.custom_op("titanmoe::rows_times_rows", mutates_args=())
+def _rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Tensor:
+    """The weight gradient: dy[rows of e].T @ x[rows of e] for every expert; zero for an expert without rows."""
+    if _has_grouped_kernel(dy_RN, x_RK):
+        return F.grouped_mm(dy_RN.t(), x_RK, offs=offsets_E)
+    dw_ENK = x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
+    for expert, start, end in _groups(offsets_E):
+        dw_NK = dw_ENK[expert]
+        if start == end:
+            dw_NK.zero_()
+        for rows in _row_blocks(start, end, x_RK.dtype):
+            if rows.start == start:
+                torch.mm(dy_RN[rows].t(), x_RK[rows], out=dw_NK)
+            else:
+                dw_NK.addmm_(dy_RN[rows].t(), x_RK[rows])
+    return dw_ENK
+
+
+@_rows_times_rows.register_fake
+def _(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
+
+
+def _has_grouped_kernel(*operands: Tensor) -> bool:
+    return all(
+        operand.device.type != "cpu"
+        and operand.dtype == torch.bfloat16
+        and operand.shape[-1] * operand.element_size() % _ALIGNMENT_BYTES == 0
+        and operand.shape[-2] * operand.element_size() % _ALIGNMENT_BYTES == 0
+        for operand in operands[1:]
+    ) and operands[0].dtype == torch.bfloat16
+
+
+def _groups(offsets_E: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of every expert."""
+    start = 0
+    for expert, end in enumerate(offsets_E.tolist()):
+        yield expert, start, end
+        start = end
+
+
+def _row_blocks(start: int, end: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Cut a group into blocks of few different lengths.
+
+    oneDNN builds a kernel for every new shape of a bf16 product, and router counts are all different: uncut groups
+    reached 130 GFLOP/s where equal ones reached 400. Lengths here are a multiple of 256, then of 32, then the rest,
+    so that after a few steps every kernel is in its cache. float32 goes to BLAS, which has no such cost.
+    """
+    if dtype == torch.float32:
+        if end > start:
+            yield slice(start, end)
+        return
+    for length in (256, 32, 1):
+        stop = start + (end - start) // length * length
+        if stop > start:
+            yield slice(start, stop)
+        start = stop

@@ -1,0 +1,1 @@
+"""Where a model runs: processes, meshes, sharding, recomputation, compilation. One entry: `parallelize`."""

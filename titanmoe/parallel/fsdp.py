@@ -1,0 +1,48 @@
+"""FSDP2, HSDP and replication: one call to `fully_shard` per block, on a mesh of one or two axes."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from titanmoe.models.decoder import Decoder
+from titanmoe.parallel.mesh import Mesh
+
+Reshard = Literal["default", "always", "never"]
+
+
+def apply_fsdp(
+    model: Decoder,
+    mesh: Mesh,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: Reshard = "default",
+) -> None:
+    """Shard `model` in place; its parameters become DTensors.
+
+    Each block is gathered before it runs and freed after it; the last group (norm and output) is kept until backward
+    unless `reshard_after_forward` is "always". Parameters are gathered in `param_dtype`; gradients are summed, not
+    averaged, in `reduce_dtype`: the loss is already divided by the tokens of the global batch.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    reshard = reshard_after_forward != "never"
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
+    if model.output is not None:  # a tied embedding is used at both ends, so it stays in the root's group
+        fully_shard(model.tok_embeddings, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
+        last = [model.norm, model.output]
+        fully_shard(last, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
+    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def set_gradient_sync(model: Decoder, enabled: bool) -> None:
+    """Whether the next backward reduces gradients over ranks; off for all but the last microbatch of a step."""
+    if isinstance(model, FSDPModule):
+        cast(FSDPModule, model).set_requires_gradient_sync(enabled)

@@ -1,0 +1,48 @@
+"""From a meta model to one that runs on a mesh, in the order that composes: recomputation, compilation, sharding."""
+
+from __future__ import annotations
+
+import torch
+
+from titanmoe.models.decoder import Decoder
+from titanmoe.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
+from titanmoe.parallel.fsdp import Reshard, apply_fsdp
+from titanmoe.parallel.mesh import Mesh
+
+
+def parallelize(
+    model: Decoder,
+    mesh: Mesh,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: Reshard = "default",
+    checkpoint_mode: Mode = "none",
+    checkpoint_option: str = "op",
+    checkpoint_early_stop: bool = True,
+    preserve_rng_state: bool = True,
+    compile_backend: str | None = None,
+) -> None:
+    """Apply everything in place. The model's parameters are still on the meta device afterwards.
+
+    A single process that computes in the dtype its parameters have needs no sharding, and gets none.
+    """
+    apply_activation_checkpoint(
+        model,
+        mode=checkpoint_mode,
+        option=checkpoint_option,
+        preserve_rng_state=preserve_rng_state,
+        early_stop=checkpoint_early_stop,
+    )
+    if compile_backend is not None:
+        for block in model.layers.values():
+            block.compile(backend=compile_backend)
+    stored_dtype = next(model.parameters()).dtype
+    if mesh.num_data_ranks > 1 or stored_dtype != param_dtype:
+        apply_fsdp(
+            model,
+            mesh,
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
+            reshard_after_forward=reshard_after_forward,
+        )
