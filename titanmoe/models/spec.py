@@ -7,7 +7,7 @@ No torch here: specs are compared, hashed and printed freely.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -85,3 +85,15 @@ class DecoderSpec:
     """The output projection reuses `tok_embeddings.weight`; the model then has no `output.weight`."""
     max_seq_len: int = 4096
     """Longest sequence the weights were made for. Not a limit of the code."""
+
+
+def with_selection_bias(spec: DecoderSpec) -> DecoderSpec:
+    """The same model with a selection bias in every router."""
+
+    def biased(layer: LayerSpec) -> LayerSpec:
+        moe = layer.feed_forward
+        if not isinstance(moe, MoE):
+            return layer
+        return replace(layer, feed_forward=replace(moe, router=replace(moe.router, selection_bias=True)))
+
+    return replace(spec, layers=tuple(biased(layer) for layer in spec.layers))

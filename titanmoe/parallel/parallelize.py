@@ -16,6 +16,7 @@ def parallelize(
     *,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
+    accumulates: bool = False,
     reshard_after_forward: Reshard = "default",
     checkpoint_mode: Mode = "none",
     checkpoint_option: str = "op",
@@ -25,7 +26,8 @@ def parallelize(
 ) -> None:
     """Apply everything in place. The model's parameters are still on the meta device afterwards.
 
-    A single process that computes in the dtype its parameters have needs no sharding, and gets none.
+    A single process needs no sharding, and gets none, unless its parameters are computed with in another dtype, or
+    several microbatches (`accumulates`) are to be summed in another one.
     """
     apply_activation_checkpoint(
         model,
@@ -38,7 +40,8 @@ def parallelize(
         for block in model.layers.values():
             block.compile(backend=compile_backend)
     stored_dtype = next(model.parameters()).dtype
-    if mesh.num_data_ranks > 1 or stored_dtype != param_dtype:
+    sums_differently = accumulates and reduce_dtype != stored_dtype
+    if mesh.num_data_ranks > 1 or stored_dtype != param_dtype or sums_differently:
         apply_fsdp(
             model,
             mesh,

@@ -1,0 +1,20 @@
+"""Memory of this process, from Linux's /proc."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from /proc")
+
+
+def status_mib(field: str) -> float:
+    """A field of /proc/self/status in MiB: VmRSS is what is resident now, VmHWM its peak."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Let VmHWM start again from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")

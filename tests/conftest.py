@@ -1,0 +1,27 @@
+"""Settings of the whole test suite, made before the first import of torch or of a Hugging Face library reads them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks of one test must not fight for cores
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
+for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[name] = "1"  # nothing is downloaded
+_caches = tempfile.TemporaryDirectory(prefix="titanmoe-tests-")
+os.environ["HF_HOME"] = _caches.name  # nothing is written into the user's home
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests marked `gpu` out where there is no GPU; pytest counts them as deselected."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if item not in on_gpu]
+        config.hook.pytest_deselected(items=on_gpu)

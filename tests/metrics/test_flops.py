@@ -1,0 +1,149 @@
+"""FLOPs and parameters against torch's counter on the real model, and against published figures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from titanmoe.metrics.flops import (
+    forward_flops_per_token,
+    hardware_flops_per_token,
+    layer_flops,
+    num_parameters,
+    peak_flops,
+    training_flops_per_token,
+)
+from titanmoe.models.build import build_model, init_weights
+from titanmoe.models.families.qwen3 import FAMILY
+from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
+
+PLAIN = GroupedQuery(4, 2, 16, Rope(16, 1e4))
+BIASED = GroupedQuery(4, 1, 8, Rope(8, 1e4), qkv_bias=True, out_bias=True, qk_norm=True)
+EXPERTS = MoE(8, 3, 24, Router(selection_bias=True), shared=Dense(40))
+SPECS = {
+    "dense": DecoderSpec(32, 100, (LayerSpec(PLAIN, Dense(48)),) * 2),
+    "tied and biased": DecoderSpec(32, 100, (LayerSpec(BIASED, Dense(48)),), tie_embeddings=True),
+    "mixed": DecoderSpec(32, 100, (LayerSpec(PLAIN, Dense(48)), LayerSpec(BIASED, EXPERTS), LayerSpec(PLAIN, EXPERTS))),
+}
+
+
+def attention_forward(q, k, v, *args, out_shape=None, **kwargs):
+    """Scores and values of a causal square: half of 2 * 2 * B * N * S * S * H."""
+    batch, heads, seq_len, head_dim = q
+    return 2 * batch * heads * seq_len * seq_len * head_dim
+
+
+def attention_backward(grad, q, *args, **kwargs):
+    """Two products for each of the forward's; the flash kernel's own recomputation is not counted as training."""
+    return 2 * attention_forward(q, None, None)
+
+
+def rows_times_weights(x, w, offsets, transpose, *args, **kwargs):
+    return 2 * x[0] * w[1] * w[2]
+
+
+def rows_times_rows(dy, x, *args, **kwargs):
+    return 2 * dy[0] * dy[1] * x[1]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_flops_equal_torchs_counter_on_the_decoder(name):
+    spec, batch, seq_len = SPECS[name], 2, 64
+    model = build_model(spec, device="cpu")
+    init_weights(model, seed=0)
+    tokens = torch.randint(0, spec.vocab_size, (batch, seq_len))
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        torch.ops.titanmoe.rows_times_weights: rows_times_weights,
+        torch.ops.titanmoe.rows_times_rows: rows_times_rows,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as forward:
+        logits = model(tokens)
+    assert forward.get_total_flops() == forward_flops_per_token(spec, seq_len) * batch * seq_len
+    with FlopCounterMode(display=False, custom_mapping=formulas) as backward:
+        logits.sum().backward()
+    total = forward.get_total_flops() + backward.get_total_flops()
+    assert total == training_flops_per_token(spec, seq_len) * batch * seq_len
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_parameters_equal_the_decoders(name):
+    model = build_model(SPECS[name])
+    count = num_parameters(SPECS[name])
+    assert count.total == sum(parameter.numel() for parameter in model.parameters())
+    idle = sum(
+        parameter.numel() * (EXPERTS.num_experts - EXPERTS.top_k) // EXPERTS.num_experts
+        for key, parameter in model.named_parameters()
+        if ".moe.experts." in key
+    )
+    assert count.active == count.total - idle
+
+
+@pytest.mark.parametrize(
+    ("flavor", "total", "active", "tolerance"),
+    # Total and activated parameters of the model cards, in billions; the tolerance is their last digit.
+    [
+        ("30B-A3B", 30.5, 3.3, 0.06),
+        ("235B-A22B", 235, 22, 0.5),
+        ("0.6B", 0.6, 0.6, 0.05),
+        ("4B", 4.0, 4.0, 0.05),
+        ("8B", 8.2, 8.2, 0.05),
+        ("14B", 14.8, 14.8, 0.05),
+        ("32B", 32.8, 32.8, 0.05),
+    ],
+)
+def test_published_parameter_counts(flavor, total, active, tolerance):
+    count = num_parameters(FAMILY.flavors[flavor])
+    assert count.total / 1e9 == pytest.approx(total, abs=tolerance)
+    assert count.active / 1e9 == pytest.approx(active, abs=tolerance)
+
+
+def test_published_flops_of_qwen3_30b():
+    # 23.0 GFLOP per token behind the published 299.4 TFLOP/s at 13,011 tokens/s (Megatron-Bridge, 4,096 tokens).
+    flops = training_flops_per_token(FAMILY.flavors["30B-A3B"], 4096)
+    assert flops == pytest.approx(299.4e12 / 13_011, rel=0.005)
+
+
+def test_hardware_flops_add_a_forward_of_each_recomputed_layer():
+    spec = SPECS["mixed"]
+    layers = [sum(layer_flops(layer, spec.dim, 64).values()) for layer in spec.layers]
+    assert hardware_flops_per_token(spec, 64, [False] * 3) == training_flops_per_token(spec, 64)
+    assert hardware_flops_per_token(spec, 64, [False, True, False]) == training_flops_per_token(spec, 64) + layers[1]
+    everything = hardware_flops_per_token(spec, 64, [True] * 3)
+    assert everything == training_flops_per_token(spec, 64) + sum(layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H20", 148.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+        ("AMD Instinct MI250X / MI250", 191.5),
+        ("AMD Instinct MI300X", 1307.4),
+        ("AMD Instinct MI355X", 2500.0),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla T4", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_peak_flops_by_device_name(name, tflops):
+    assert peak_flops(name) == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
+def test_float32_has_no_stated_peak():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float16") == peak_flops("NVIDIA H100 80GB HBM3")

@@ -1,0 +1,79 @@
+"""The Decoder's own promises: documents, heads, seeded values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.parallel.test_layouts import SPEC
+from tests.ranks import run_ranks
+from titanmoe.models.build import build_model, init_weights, materialize
+from titanmoe.models.family import get_family
+from titanmoe.parallel.mesh import Mesh
+from titanmoe.parallel.parallelize import parallelize
+
+
+def test_documents_do_not_see_each_other() -> None:
+    model = build_model(SPEC, device="cpu")
+    init_weights(model, 0)
+    tokens = torch.randint(97, (2, 20))
+    boundaries = [0, 6, 20, 33, 40]
+    positions = torch.cat([torch.arange(end - start) for start, end in zip(boundaries, boundaries[1:], strict=False)])
+    packed = model(tokens, position_ids=positions.view(2, 20), cu_seqlens=torch.tensor(boundaries, dtype=torch.int32))
+    for start, end in zip(boundaries, boundaries[1:], strict=False):
+        alone = model(tokens.flatten()[None, start:end])[0]
+        torch.testing.assert_close(packed.flatten(0, 1)[start:end], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_replaces_the_projection(tied: bool) -> None:
+    model = build_model(replace(SPEC, tie_embeddings=tied), device="cpu")
+    init_weights(model, 0)
+    tokens = torch.randint(97, (1, 5))
+    assert ("output.weight" in dict(model.named_parameters())) is not tied
+    hidden, weight = model(tokens, head=lambda hidden, weight: (hidden, weight))
+    torch.testing.assert_close(hidden @ weight.T, model(tokens))
+
+
+def test_bfloat16_model_keeps_float32_where_it_must() -> None:
+    spec = get_family("qwen3").flavors["debug_moe"]
+    model = build_model(spec, device="cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(layer.router.num_tokens_per_expert_E.dtype == torch.int64 for _, layer in model.moe_layers())
+
+
+def test_values_depend_on_seed_and_name() -> None:
+    def values(seed: int) -> dict[str, torch.Tensor]:
+        model = build_model(SPEC, device="cpu")
+        init_weights(model, seed)
+        return dict(model.named_parameters())
+
+    first, again, other = values(1), values(1), values(2)
+    for name, parameter in first.items():
+        assert torch.equal(parameter, again[name])
+        if parameter.dim() > 1:
+            assert not torch.equal(parameter, other[name])
+    assert not torch.equal(first["layers.0.attention.q_proj.weight"], first["layers.1.attention.q_proj.weight"])
+    assert first["tok_embeddings.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert first["layers.1.moe.experts.down"].std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def _sharded_values() -> dict[str, torch.Tensor]:
+    model = build_model(SPEC)
+    mesh = Mesh.build(torch.device("cpu"), dp_replicate=1, dp_shard=4)
+    parallelize(model, mesh, param_dtype=torch.float32, reduce_dtype=torch.float32)
+    materialize(model, "cpu")
+    init_weights(model, 7)
+    return {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
+
+
+def test_values_do_not_depend_on_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titanmoe.models.build._BLOCK_NUMEL", 100)  # so that shards begin inside blocks
+    model = build_model(SPEC, device="cpu")
+    init_weights(model, 7)
+    expected = dict(model.named_parameters())
+    for values in run_ranks(_sharded_values, 4):
+        for name, value in values.items():
+            assert torch.equal(value, expected[name]), name

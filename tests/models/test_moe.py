@@ -1,0 +1,156 @@
+"""The MoE layer against a loop over tokens, and what the router promises."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titanmoe.models.moe.layer import MoELayer
+from titanmoe.models.moe.router import balance_loss
+from titanmoe.models.spec import Dense, MoE, Router
+from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
+
+DIM = 12
+
+
+def _layer(spec: MoE, dtype: torch.dtype = torch.float64) -> MoELayer:
+    torch.manual_seed(0)
+    layer = MoELayer(DIM, spec).to(dtype)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    if layer.router.expert_bias is not None:
+        layer.router.expert_bias = torch.linspace(-0.3, 0.3, spec.num_experts)
+    return layer
+
+
+def _reference(layer: MoELayer, x_BSD: Tensor) -> Tensor:
+    spec, router = layer.spec, layer.spec.router
+    outputs = []
+    for x_D in x_BSD.flatten(0, 1):
+        logits_E = layer.router.gate.weight.float() @ x_D.float()
+        scores_E = logits_E.softmax(0) if router.score == "softmax" else logits_E.sigmoid()
+        bias_E = 0 if layer.router.expert_bias is None else layer.router.expert_bias
+        chosen = (scores_E + bias_E).argsort(descending=True)[: spec.top_k]
+        weights = scores_E[chosen]
+        weights = (weights / weights.sum() if router.normalize else weights) * router.scale
+        y_D = torch.zeros_like(x_D)
+        for weight, expert in zip(weights, chosen, strict=True):
+            gate_HD, up_HD = layer.experts.gate_up[expert]
+            y_D = y_D + weight * (layer.experts.down[expert] @ (F.silu(gate_HD @ x_D) * (up_HD @ x_D)))
+        outputs.append(y_D)
+    y_BSD = torch.stack(outputs).view_as(x_BSD)
+    return y_BSD if layer.shared_experts is None else y_BSD + layer.shared_experts(x_BSD)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MoE(5, 2, 7),
+        MoE(5, 1, 7, Router("sigmoid", normalize=False, scale=2.5)),
+        MoE(6, 3, 9, Router("sigmoid", selection_bias=True), shared=Dense(11)),
+        MoE(4, 4, 5, Router(normalize=False)),
+    ],
+    ids=["softmax", "sigmoid top-1", "bias and shared", "all experts"],
+)
+def test_layer_equals_a_loop_over_tokens(spec: MoE) -> None:
+    layer = _layer(spec)
+    x = torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True)
+    y, expected = layer(x), _reference(layer, x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    inputs = [x, *layer.parameters()]
+    for grad, reference in zip(
+        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True
+    ):
+        torch.testing.assert_close(grad, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_one_expert_takes_all_tokens() -> None:
+    layer = _layer(MoE(5, 1, 7, Router(selection_bias=True)))
+    layer.router.expert_bias = torch.tensor([0.0, 0.0, 100.0, 0.0, 0.0])
+    x = torch.randn(2, 9, DIM, dtype=torch.float64)
+    y = layer(x)
+    torch.testing.assert_close(y, _reference(layer, x), rtol=1e-5, atol=1e-5)
+    layer.router.record()
+    assert layer.router.num_tokens_per_expert_E.tolist() == [0, 0, 18, 0, 0]
+    y.sum().backward()
+    assert not layer.experts.down.grad[[0, 1, 3, 4]].any()
+
+
+def test_scores_are_float32_in_a_bfloat16_model() -> None:
+    layer = _layer(MoE(5, 2, 8), torch.bfloat16)
+    weights, experts = layer.router(torch.randn(1, 6, DIM, dtype=torch.bfloat16))
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(6))
+    assert experts.dtype == torch.int64
+
+
+def test_counts_are_kept_only_in_training_and_only_when_recorded() -> None:
+    layer = _layer(MoE(5, 2, 7))
+    x = torch.randn(1, 10, DIM, dtype=torch.float64)
+    layer.eval()(x)
+    layer.router.record()
+    assert layer.router.num_tokens_per_expert_E.sum() == 0
+    layer.train()
+    for _ in range(2):
+        layer(x)
+        layer.router.record()
+    assert layer.router.num_tokens_per_expert_E.sum() == 40
+
+
+def test_forced_balance_is_even() -> None:
+    layer = _layer(MoE(5, 2, 7))
+    layer.router.force_balance = True
+    layer(torch.randn(1, 10, DIM, dtype=torch.float64))
+    layer.router.record()
+    assert layer.router.num_tokens_per_expert_E.tolist() == [4] * 5
+
+
+def test_balance_loss_formula_and_its_gradient_reach_the_gate() -> None:
+    spec = MoE(4, 2, 5, Router("sigmoid"))
+    layer = _layer(spec)
+    layer.router.aux_loss_weight = 0.3
+    x = torch.randn(3, 6, DIM, dtype=torch.float64)
+    scores = F.linear(x.float(), layer.router.gate.weight.float()).sigmoid()
+    shares = scores / scores.sum(-1, keepdim=True)
+    chosen = scores.topk(2, -1).indices
+    expected = 0.0
+    for sequence in range(3):
+        fraction = chosen[sequence].flatten().bincount(minlength=4) / 12
+        expected = expected + 4 * (fraction * shares[sequence].mean(0)).sum()
+    loss = balance_loss(scores.flatten(0, 1), chosen.flatten(0, 1), 3)
+    torch.testing.assert_close(loss, expected)
+    (reference,) = torch.autograd.grad(0.3 * expected, layer.router.gate.weight)
+    weights, _ = layer.router(x)
+    (weights * 0).sum().backward()
+    torch.testing.assert_close(layer.router.gate.weight.grad, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_recomputation_keeps_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if top-k answered otherwise the second time, the recomputed forward follows the first."""
+    from tests.parallel.test_layouts import SPEC
+    from titanmoe.models.build import build_model, init_weights
+
+    model = build_model(SPEC, device="cpu")
+    init_weights(model, 0)
+    tokens = torch.randint(97, (2, 17))
+    reference = copy.deepcopy(model)
+    reference(tokens).square().mean().backward()
+    apply_activation_checkpoint(model, mode="full")
+    out = model(tokens).square().mean()
+    topk, other_scores = torch.topk, torch.rand(34, 6)
+    calls = []
+
+    def another_topk(scores: Tensor, k: int, **kwargs: object) -> object:
+        calls.append(k)
+        return topk(other_scores, k, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "topk", another_topk)
+    out.backward()
+    assert calls, "the forward was not recomputed"
+    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad), name

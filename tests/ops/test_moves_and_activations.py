@@ -1,0 +1,113 @@
+"""Permute and combine, SwiGLU, RoPE and attention, each against a few plain lines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from titanmoe.ops.attention import causal_attention
+from titanmoe.ops.permute import combine, permute, permute_weights, sort_by_expert
+from titanmoe.ops.rope import apply_rope, rope_table
+from titanmoe.ops.swiglu import swiglu
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("choice", ["random", "one expert", "no tokens"])
+def test_permutation_sorts_and_inverts(top_k: int, choice: str) -> None:
+    num_tokens = 0 if choice == "no tokens" else 23
+    experts_TK = torch.rand(num_tokens, 7).argsort(-1)[:, :top_k]
+    if choice == "one expert":
+        experts_TK = torch.full_like(experts_TK, 4)
+    permutation = sort_by_expert(experts_TK, 7)
+    counts_E = permutation.num_tokens_per_expert_E()
+    assert counts_E.tolist() == experts_TK.flatten().bincount(minlength=7).tolist()
+    assert permutation.offsets_E.dtype == torch.int32
+    expert_R = experts_TK.flatten()[permutation.slot_R]
+    assert (expert_R.diff() >= 0).all()
+    assert torch.equal(permutation.slot_R[permutation.row_TK.flatten()], torch.arange(num_tokens * top_k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_permute_and_combine_are_a_gather_and_its_sum(dtype: torch.dtype) -> None:
+    experts_TK = torch.rand(19, 6).argsort(-1)[:, :3]
+    permutation = sort_by_expert(experts_TK, 6)
+    x_TD = torch.randn(19, 8, dtype=dtype, requires_grad=True)
+    weights_TK = torch.rand(19, 3, dtype=dtype, requires_grad=True)
+    rows = permute(x_TD, permutation) * permute_weights(weights_TK, permutation)[:, None]
+    expected = x_TD.detach()[:, None] * weights_TK.detach()[..., None]
+    assert torch.equal(rows[permutation.row_TK], expected)
+    y_TD = combine(rows, permutation)
+    torch.testing.assert_close(y_TD, expected.double().sum(1).to(dtype))
+    dy_TD = torch.randn(19, 8, dtype=dtype)
+    y_TD.backward(dy_TD)
+    tolerance = {} if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+    expected_dx = (dy_TD.double() * weights_TK.double().sum(1, keepdim=True)).to(dtype)
+    torch.testing.assert_close(x_TD.grad, expected_dx, **tolerance)
+    torch.testing.assert_close(
+        weights_TK.grad, (dy_TD.double() * x_TD.double()).sum(1, keepdim=True).expand(19, 3).to(dtype), **tolerance
+    )
+
+
+def test_combine_accumulates_bfloat16_in_float32() -> None:
+    """256 + 1 + ... + 1 stays 256 if every partial sum is rounded to bfloat16."""
+    permutation = sort_by_expert(torch.arange(64)[None], 64)
+    y_RD = torch.ones(64, 1, dtype=torch.bfloat16)
+    y_RD[0] = 256
+    assert combine(y_RD, permutation).item() == 320
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu_gradients(weighted: bool) -> None:
+    gate_up = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(7, dtype=torch.float64, requires_grad=True) if weighted else None
+    expected = F.silu(gate_up[:, :5]) * gate_up[:, 5:] * (1 if weights is None else weights[:, None])
+    torch.testing.assert_close(swiglu(gate_up, weights), expected)
+    inputs = (gate_up, weights) if weighted else (gate_up,)
+    assert torch.autograd.gradcheck(swiglu, inputs)
+
+
+def test_rope_rotates_by_position_times_frequency() -> None:
+    positions = torch.tensor([[0, 1, 5], [7, 8, 0]])
+    cos, sin = rope_table(positions, 6, 100.0, torch.float64)
+    x = torch.randn(2, 3, 2, 8, dtype=torch.float64)  # 6 rotated channels of 8
+    rotated = apply_rope(x, cos, sin)
+    assert torch.equal(rotated[..., 6:], x[..., 6:])
+    as_complex = torch.complex(x[..., :3], x[..., 3:6])
+    angles = positions[..., None, None] * 100.0 ** (-torch.arange(0, 6, 2) / 6)
+    expected = as_complex * torch.polar(torch.ones_like(angles, dtype=torch.float64), angles.double())
+    torch.testing.assert_close(rotated[..., :3], expected.real, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(rotated[..., 3:6], expected.imag, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("boundaries", [None, [0, 3, 11, 12, 22]])
+def test_attention_against_an_explicit_mask(num_kv_heads: int, boundaries: list[int] | None) -> None:
+    q = torch.randn(2, 11, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 11, num_kv_heads, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
+    o = causal_attention(q, k, v, cu_seqlens)
+    document = torch.arange(2).repeat_interleave(11)
+    if boundaries is not None:
+        document = torch.repeat_interleave(torch.arange(4), torch.tensor(boundaries).diff())
+    document = document.view(2, 11)
+    mask = (document[:, :, None] == document[:, None, :]) & torch.ones(11, 11, dtype=torch.bool).tril()
+    group = 4 // num_kv_heads
+    scores = torch.einsum("bsnh,btnh->bnst", q, k.repeat_interleave(group, 2)) / 8**0.5
+    weights = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
+    expected = torch.einsum("bnst,btnh->bsnh", weights, v.repeat_interleave(group, 2))
+    torch.testing.assert_close(o, expected)
+    do = torch.randn_like(o)
+    for grad, reference in zip(
+        torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do), strict=True
+    ):
+        torch.testing.assert_close(grad, reference)
+
+
+@pytest.mark.gpu
+def test_varlen_attention_on_gpu_equals_the_cpu() -> None:
+    q, k = torch.randn(2, 128, 4, 64), torch.randn(2, 128, 2, 64)
+    cu_seqlens = torch.tensor([0, 50, 128, 200, 256], dtype=torch.int32)
+    expected = causal_attention(q, k, k, cu_seqlens)
+    half = [tensor.to("cuda", torch.bfloat16) for tensor in (q, k, k)]
+    torch.testing.assert_close(causal_attention(*half, cu_seqlens.cuda()).cpu().float(), expected, atol=0.03, rtol=0.03)

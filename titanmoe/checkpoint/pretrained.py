@@ -1,0 +1,104 @@
+"""Models from and to folders in Hugging Face layout, in one call each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from titanmoe.checkpoint.hf_folder import read_hf_config
+from titanmoe.checkpoint.hf_load import load_hf_weights
+from titanmoe.checkpoint.hf_save import DEFAULT_SHARD_BYTES, can_express, save_hf
+from titanmoe.config.errors import ConfigError
+from titanmoe.data.tokenizer import BUILTIN_TOKENIZER
+from titanmoe.models.build import build_model, materialize
+from titanmoe.models.decoder import Decoder
+from titanmoe.models.family import FAMILIES, Family, family_of_hf_config, get_family
+from titanmoe.models.spec import DecoderSpec
+
+
+def spec_of_hf_folder(folder: str | Path) -> tuple[Family, DecoderSpec]:
+    """The family and the sizes that a folder's config.json names.
+
+    Raises:
+        ConfigError: no folder (nothing is ever downloaded), no or a bad config.json, an architecture or an option of
+            it that is not supported, a quantised checkpoint.
+    """
+    config = read_hf_config(folder)
+    try:
+        family = family_of_hf_config(config)
+        return family, family.from_hf_config(config)
+    except ConfigError as error:
+        # A family knows the config's contents but not where they came from.
+        raise ConfigError(error.what, where=f"{folder}: {error.where}", mend=error.mend) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"a value of config.json is of the wrong kind ({error})", where=str(folder)) from error
+
+
+def from_pretrained(
+    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> Decoder:
+    """Load a model from a folder with config.json and safetensors files.
+
+    The model is in train mode, like any new module (there is no dropout; the mode decides only whether routers count
+    their tokens). Every parameter requires a gradient.
+
+    Args:
+        path: a local folder; a hub's name is refused with the command that gets a copy.
+        dtype: of every parameter, whatever the files hold. Routers compute in float32 in any case.
+
+    Raises:
+        ConfigError: see `spec_of_hf_folder` and `load_hf_weights`.
+    """
+    family, spec = spec_of_hf_folder(path)
+    model = materialize(build_model(spec, device="meta", dtype=dtype), device)
+    load_hf_weights(model, path, family.rules, ignored_keys=family.ignored_keys)
+    return model
+
+
+def save_pretrained(
+    model: Decoder,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Save a model as a folder that transformers and vLLM load; if it is sharded, every rank must call this.
+
+    Args:
+        dtype: float32, bfloat16 or float16; by default each parameter is written in its own.
+        tokenizer: a folder whose tokenizer files (and generation_config.json) are copied along, or "builtin".
+        max_shard_bytes: a file holds at most this many bytes of tensors.
+        overwrite: replace an earlier export.
+
+    Raises:
+        ConfigError: see `save_hf`.
+    """
+    save_hf(
+        model,
+        path,
+        family_of_spec(model.spec),
+        model.spec,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer_dir=BUILTIN_TOKENIZER if tokenizer == "builtin" else tokenizer,
+        overwrite=overwrite,
+    )
+
+
+def family_of_spec(spec: DecoderSpec) -> Family:
+    """The first family whose config.json can say all of the spec.
+
+    Raises:
+        ConfigError: none can.
+    """
+    for family in map(get_family, FAMILIES):
+        if can_express(family, spec):
+            return family
+    raise ConfigError(
+        "no model family's config.json can describe this model",
+        where="save_pretrained",
+        mend=f"Families: {', '.join(FAMILIES)}. Build the model from the flavor or the config.json of one of them.",
+    )

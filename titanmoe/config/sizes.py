@@ -1,0 +1,96 @@
+"""Batch sizes and degrees of data parallelism: the formulas that validation and training share."""
+
+from __future__ import annotations
+
+from titanmoe.config.errors import ConfigError
+from titanmoe.config.job_config import JobConfig
+
+
+def data_parallel_degrees(config: JobConfig, world_size: int) -> tuple[int, int]:
+    """(replicate, shard) degrees of data parallelism, with a shard degree of -1 resolved.
+
+    Raises:
+        ConfigError: replicate * shard * tensor * pipeline * context is not the number of ranks.
+    """
+    degrees = config.parallelism
+    replicate, shard = degrees.data_parallel_replicate_degree, degrees.data_parallel_shard_degree
+    others = degrees.tensor_parallel_degree * degrees.pipeline_parallel_degree * degrees.context_parallel_degree
+    if shard == -1:
+        shard, left = divmod(world_size, replicate * others)
+        fits = left == 0 and shard >= 1
+    else:
+        fits = replicate * shard * others == world_size
+    if fits:
+        return replicate, shard
+    numbers = " * ".join(
+        str(degree)
+        for degree in (
+            replicate,
+            degrees.data_parallel_shard_degree,
+            degrees.tensor_parallel_degree,
+            degrees.pipeline_parallel_degree,
+            degrees.context_parallel_degree,
+        )
+    )
+    mend = f"With a shard degree of -1, {replicate * others} must divide {world_size}."
+    if degrees.data_parallel_shard_degree != -1:
+        product = replicate * shard * others
+        mend = f"Start {product} ranks (NGPU={product} on one node), or set data_parallel_shard_degree = -1."
+    raise ConfigError(
+        "data_parallel_replicate_degree * data_parallel_shard_degree * tensor_parallel_degree * "
+        f"pipeline_parallel_degree * context_parallel_degree = {numbers} does not fit {world_size} ranks",
+        where="[parallelism]",
+        mend=mend,
+    )
+
+
+def data_parallel_degree(config: JobConfig, world_size: int) -> int:
+    """Number of ranks, or groups of ranks, that see different sequences: replicate * shard.
+
+    Raises:
+        ConfigError: as `data_parallel_degrees`.
+    """
+    replicate, shard = data_parallel_degrees(config, world_size)
+    return replicate * shard
+
+
+def global_batch_size(config: JobConfig, world_size: int) -> int:
+    """Sequences per optimizer step over all ranks.
+
+    Raises:
+        ConfigError: it is not a multiple of local_batch_size * data-parallel degree, or as `data_parallel_degrees`.
+    """
+    local = config.training.local_batch_size
+    degree = data_parallel_degree(config, world_size)
+    total = config.training.global_batch_size
+    if total == -1:
+        return local * degree
+    if total % (local * degree):
+        at_once = local * degree
+        nearest = max(1, round(total / at_once)) * at_once
+        raise ConfigError(
+            "training.global_batch_size must be a multiple of training.local_batch_size * data-parallel degree: "
+            f"{total} is not a multiple of {local} * {degree} = {at_once}",
+            where="[training]",
+            mend=f"The nearest is {nearest}; -1 means {at_once}.",
+        )
+    return total
+
+
+def accumulation_steps(config: JobConfig, world_size: int) -> int:
+    """Batches of local_batch_size that each rank computes for one optimizer step.
+
+    Raises:
+        ConfigError: as `global_batch_size`.
+    """
+    at_once = config.training.local_batch_size * data_parallel_degree(config, world_size)
+    return global_batch_size(config, world_size) // at_once
+
+
+def tokens_per_step(config: JobConfig, world_size: int) -> int:
+    """Tokens per optimizer step over all ranks.
+
+    Raises:
+        ConfigError: as `global_batch_size`.
+    """
+    return global_batch_size(config, world_size) * config.training.seq_len

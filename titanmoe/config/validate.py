@@ -1,0 +1,160 @@
+"""Keys that contradict each other, the number of ranks, or the disk. Runs before any process group exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from titanmoe.config.errors import ConfigError
+from titanmoe.config.job_config import JobConfig
+from titanmoe.config.sections.checkpoint import Checkpoint
+from titanmoe.config.sections.learning import DataLoader, Training, Validation
+from titanmoe.config.sections.machine import ActivationCheckpoint, Compile
+from titanmoe.config.sections.model import Model
+from titanmoe.config.sections.run import Profiling
+from titanmoe.config.sizes import global_batch_size
+
+
+def validate(config: JobConfig, world_size: int) -> None:
+    """Everything that can be known to be wrong before the job starts.
+
+    Raises:
+        ConfigError: the first contradiction found, with the formula and the numbers.
+    """
+    assert world_size >= 1, world_size
+    validate_keys(config)
+    global_batch_size(config, world_size)
+    if config.checkpoint.create_seed_checkpoint and world_size != 1:
+        raise ConfigError(
+            f"a seed checkpoint is made by one rank, not by {world_size}",
+            where="checkpoint.create_seed_checkpoint",
+            mend="Start it with NGPU=1; a run with any number of ranks can begin from it.",
+        )
+    _check_paths(config)
+
+
+def validate_keys(config: JobConfig) -> None:
+    """What can be known from the config alone, on any machine.
+
+    Raises:
+        ConfigError: the first contradiction found.
+    """
+    _check_model(config.model)
+    _check_dataset(config.training, "training")
+    _check_dataloader(config.training.dataloader, "training.dataloader")
+    if config.validation.enable:
+        _check_dataset(config.validation, "validation")
+        _check_dataloader(config.validation.dataloader, "validation.dataloader")
+    _check_activation_checkpoint(config.activation_checkpoint)
+    _check_compile(config.compile)
+    _check_checkpoint(config.checkpoint, config.model)
+    _check_profiling(config.profiling)
+
+
+def _check_model(model: Model) -> None:
+    if model.name == "auto" and model.hf_assets_path is None:
+        raise ConfigError(
+            'model.name = "auto" reads config.json in model.hf_assets_path, which is not set',
+            where="model.hf_assets_path",
+            mend="Set it to a directory in Hugging Face layout.",
+        )
+
+
+def _check_dataset(data: Training | Validation, section: str) -> None:
+    if data.dataset == "stdlib" and data.dataset_path is not None:
+        raise ConfigError(
+            f'"{data.dataset_path}" was given, but the dataset "stdlib" is embedded and has no path',
+            where=f"{section}.dataset_path",
+            mend=f'Set {section}.dataset to "text", "json" or "parquet", or {section}.dataset_path to "none".',
+        )
+    if data.dataset != "stdlib" and data.dataset_path is None:
+        raise ConfigError(
+            f'the dataset "{data.dataset}" needs a path',
+            where=f"{section}.dataset_path",
+            mend="Set it to a file or a directory.",
+        )
+
+
+def _check_dataloader(dataloader: DataLoader, section: str) -> None:
+    if dataloader.prefetch_factor is not None and dataloader.num_workers == 0:
+        raise ConfigError(
+            f"{dataloader.prefetch_factor} batches per worker cannot be prepared by num_workers = 0",
+            where=f"{section}.prefetch_factor",
+            mend=f"Set {section}.num_workers to at least 1, or leave prefetch_factor at none.",
+        )
+
+
+def _check_activation_checkpoint(checkpointing: ActivationCheckpoint) -> None:
+    option = checkpointing.selective_ac_option
+    is_count = option.isascii() and option.isdigit() and int(option) >= 1
+    if checkpointing.mode == "selective" and option != "op" and not is_count:
+        raise ConfigError(
+            f'"{option}" was given, but it must be "op" or a whole number of at least 1, in quotes',
+            where="activation_checkpoint.selective_ac_option",
+            mend='"2" recomputes every second layer.',
+        )
+
+
+def _check_compile(compiling: Compile) -> None:
+    if compiling.enable and not compiling.components:
+        raise ConfigError(
+            "compile.enable is on, but the list of what to compile is empty",
+            where="compile.components",
+            mend='It is ["model", "loss"] by default.',
+        )
+
+
+def _check_checkpoint(checkpoint: Checkpoint, model: Model) -> None:
+    if checkpoint.keep_latest_k == 1:
+        raise ConfigError(
+            "1 was given: a crash while the next checkpoint is being written would leave none",
+            where="checkpoint.keep_latest_k",
+            mend="Set it to 2 or more, or to 0 to keep all.",
+        )
+    wants_weights = checkpoint.initial_load_path is not None or checkpoint.initial_load_in_hf
+    if wants_weights and not checkpoint.enable:
+        which = "initial_load_path" if checkpoint.initial_load_path is not None else "initial_load_in_hf"
+        raise ConfigError(
+            "is set, but checkpoint.enable is off: nothing would be loaded",
+            where=f"checkpoint.{which}",
+            mend="Set checkpoint.enable = true; with checkpoint.load_only = true nothing is saved.",
+        )
+    if checkpoint.create_seed_checkpoint and not checkpoint.enable:
+        raise ConfigError("needs checkpoint.enable = true", where="checkpoint.create_seed_checkpoint")
+    if checkpoint.create_seed_checkpoint and checkpoint.load_only:
+        raise ConfigError("contradicts checkpoint.load_only = true", where="checkpoint.create_seed_checkpoint")
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
+        raise ConfigError(
+            "Hugging Face files hold only the model, but checkpoint.initial_load_model_only is off",
+            where="checkpoint.initial_load_in_hf",
+            mend="Set checkpoint.initial_load_model_only = true.",
+        )
+    if checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None and model.hf_assets_path is None:
+        raise ConfigError(
+            "neither checkpoint.initial_load_path nor model.hf_assets_path says where the weights are",
+            where="checkpoint.initial_load_in_hf",
+            mend="Set one of them to a directory in Hugging Face layout.",
+        )
+
+
+def _check_profiling(profiling: Profiling) -> None:
+    busy = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < busy:
+        raise ConfigError(
+            f"profile_freq must be at least profiler_warmup + profiler_active: {profiling.profile_freq} is less than "
+            f"{profiling.profiler_warmup} + {profiling.profiler_active} = {busy}",
+            where="profiling.profile_freq",
+        )
+
+
+def _check_paths(config: JobConfig) -> None:
+    """Directories that are certain to be read. Those of data are checked where the data is opened."""
+    directories = {"model.hf_assets_path": config.model.hf_assets_path}
+    if config.model.tokenizer_path != "builtin":
+        directories["model.tokenizer_path"] = config.model.tokenizer_path
+    checkpoints = Path(config.job.dump_folder) / config.checkpoint.folder
+    if not any(checkpoints.glob("step-*")):  # a run that resumes does not read its first weights again
+        directories["checkpoint.initial_load_path"] = config.checkpoint.initial_load_path
+    for key, path in directories.items():
+        if path is not None and not Path(path).is_dir():
+            found = "is not a directory" if Path(path).exists() else "does not exist"
+            raise ConfigError(f'"{path}" {found}', where=key, mend=f"Paths are relative to {Path.cwd()}.")

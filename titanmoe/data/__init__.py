@@ -1,0 +1,1 @@
+"""What a run is fed: document sources, the tokenizer, packing into sequences, stateful loading."""

@@ -1,0 +1,168 @@
+"""Exact FLOPs and parameters of a `DecoderSpec`, and the peak rates of accelerators.
+
+Only matrix products are counted: a product of (m, k) with (k, n) is 2*m*n*k FLOPs. Norms, activations, rotary
+embeddings, softmax and the embedding's look-up are not. Per token of a sequence of S tokens, one forward is
+
+    attention projections   2*D*(Hq + 2*Hk)*d + 2*Hq*d*D     for every layer (Hq, Hk heads of d channels)
+    attention core          2*S*Hq*d                         for every layer, see below
+    dense feed-forward      6*D*F                            gate, up and down
+    router                  2*D*E
+    routed experts          6*D*F*K                          only the K experts a token chooses
+    shared expert           6*D*F
+    output projection       2*D*V
+
+A causal query sees (S + 1)/2 keys on average; the core (scores and values, 2*keys*d each per head) is counted with S/2
+of them, half of the full square, which is what Megatron-LM and NVIDIA's published TFLOP/s use. Masks between documents
+are not subtracted.
+
+A training step is three forwards: every product is done once more for the gradient of its input and once more for that
+of its weight. MFU (Chowdhery et al., arXiv 2204.02311, appendix B) divides those FLOPs by the peak rate; HFU adds the
+FLOPs that activation checkpointing computes again. Qwen3-30B-A3B at 4,096 tokens: 23.1 GFLOP per token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from titanmoe.models.spec import DecoderSpec, LayerSpec, MoE
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    total: int
+    active: int
+    """Parameters that one token passes through: all but the routed experts it did not choose."""
+
+
+def layer_flops(layer: LayerSpec, dim: int, seq_len: int) -> dict[str, int]:
+    """Forward FLOPs per token of one layer, by product; the formulas are in the module's docstring."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    q_dim = attention.num_heads * attention.head_dim
+    kv_dim = attention.num_kv_heads * attention.head_dim
+    flops = {
+        "attention_projections": 2 * dim * (q_dim + 2 * kv_dim) + 2 * q_dim * dim,
+        "attention_core": 2 * seq_len * q_dim,
+    }
+    if isinstance(feed_forward, MoE):
+        flops["router"] = 2 * dim * feed_forward.num_experts
+        flops["experts"] = 6 * dim * feed_forward.hidden_dim * feed_forward.top_k
+        if feed_forward.shared is not None:
+            flops["shared_experts"] = 6 * dim * feed_forward.shared.hidden_dim
+    else:
+        flops["feed_forward"] = 6 * dim * feed_forward.hidden_dim
+    return flops
+
+
+def forward_flops_per_token(spec: DecoderSpec, seq_len: int) -> int:
+    """Forward FLOPs per token of the whole model on sequences of `seq_len` tokens."""
+    layers = sum(sum(layer_flops(layer, spec.dim, seq_len).values()) for layer in spec.layers)
+    return layers + 2 * spec.dim * spec.vocab_size
+
+
+def training_flops_per_token(spec: DecoderSpec, seq_len: int) -> int:
+    """FLOPs per token of a forward and a full backward without recomputation: three forwards. The numerator of MFU."""
+    return 3 * forward_flops_per_token(spec, seq_len)
+
+
+def hardware_flops_per_token(spec: DecoderSpec, seq_len: int, recomputed: Sequence[bool]) -> int:
+    """FLOPs per token that the device really does: training plus one more forward of the recomputed layers.
+
+    The numerator of HFU.
+
+    Args:
+        recomputed: for each layer, whether activation checkpointing computes all of it again. A layer that keeps the
+            outputs of its products computes none of them again: False.
+    """
+    assert len(recomputed) == len(spec.layers), f"{len(recomputed)} flags for {len(spec.layers)} layers"
+    again = (layer for layer, is_recomputed in zip(spec.layers, recomputed, strict=True) if is_recomputed)
+    extra = sum(sum(layer_flops(layer, spec.dim, seq_len).values()) for layer in again)
+    return training_flops_per_token(spec, seq_len) + extra
+
+
+def num_parameters(spec: DecoderSpec) -> ParameterCount:
+    """Parameters of the model, embeddings and norms included; tied embeddings count once, buffers not at all."""
+    embeddings = spec.dim * spec.vocab_size * (1 if spec.tie_embeddings else 2)
+    total = active = embeddings + spec.dim
+    for layer in spec.layers:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        q_dim = attention.num_heads * attention.head_dim
+        kv_dim = attention.num_kv_heads * attention.head_dim
+        always = 2 * spec.dim + 2 * spec.dim * (q_dim + kv_dim)
+        always += q_dim + 2 * kv_dim if attention.qkv_bias else 0
+        always += spec.dim if attention.out_bias else 0
+        always += 2 * attention.head_dim if attention.qk_norm else 0
+        if isinstance(feed_forward, MoE):
+            expert = 3 * spec.dim * feed_forward.hidden_dim
+            always += spec.dim * feed_forward.num_experts
+            if feed_forward.shared is not None:
+                always += 3 * spec.dim * feed_forward.shared.hidden_dim
+            total += expert * feed_forward.num_experts
+            active += expert * feed_forward.top_k
+        else:
+            always += 3 * spec.dim * feed_forward.hidden_dim
+        total += always
+        active += always
+    return ParameterCount(total, active)
+
+
+# Dense (no sparsity) bfloat16 matrix rates with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
+# A row matches when all its words are words of the device's name; the first match counts, so variants come first.
+_PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
+    ("H100 PCIe", 756.5),  # NVIDIA H100 data sheet (sparse 1,513)
+    ("H100 NVL", 835.5),  # NVIDIA H100 NVL product brief (sparse 1,671)
+    ("H100", 989.4),  # NVIDIA H100 data sheet, SXM (sparse 1,979)
+    ("H800 PCIe", 756.5),  # as H100 PCIe
+    ("H800", 989.4),  # as H100 SXM
+    ("H200 NVL", 835.5),  # NVIDIA H200 data sheet (sparse 1,671)
+    ("H200", 989.4),  # NVIDIA H200 data sheet, SXM (sparse 1,979)
+    ("GH200", 989.4),  # NVIDIA GH200 data sheet (sparse 1,979)
+    ("H20", 148.0),  # NVIDIA H20 specification
+    ("GB300", 2500.0),  # NVIDIA GB300 NVL72 (72 GPUs, sparse 360,000)
+    ("B300", 2250.0),  # NVIDIA HGX B300 (8 GPUs, sparse 36,000)
+    ("GB200", 2500.0),  # NVIDIA GB200 NVL72 (72 GPUs, sparse 360,000)
+    ("B200", 2250.0),  # NVIDIA HGX B200 (8 GPUs, sparse 36,000)
+    ("A100", 312.0),  # NVIDIA A100 data sheet, SXM and PCIe
+    ("A800", 312.0),  # as A100
+    ("A30", 165.0),  # NVIDIA A30 data sheet
+    ("A40", 149.7),  # NVIDIA A40 data sheet
+    ("A10G", 70.0),  # AWS EC2 G5 specification
+    ("A10", 125.0),  # NVIDIA A10 data sheet
+    ("L40S", 362.05),  # NVIDIA L40S data sheet
+    ("L40", 181.05),  # NVIDIA L40 data sheet
+    ("L20", 119.5),  # NVIDIA L20 specification
+    ("L4", 121.0),  # NVIDIA L4 data sheet (sparse 242)
+    ("RTX 6000 Ada", 364.2),  # NVIDIA Ada GPU architecture whitepaper
+    ("RTX A6000", 154.8),  # NVIDIA Ampere GA102 whitepaper
+    ("RTX 3090", 71.0),  # NVIDIA Ampere GA102 whitepaper, float32 accumulation
+    ("RTX 4090", 165.2),  # NVIDIA Ada GPU architecture whitepaper, float32 accumulation
+    ("RTX 5090", 209.5),  # NVIDIA RTX Blackwell architecture whitepaper, float32 accumulation
+    ("MI250X", 191.5),  # AMD Instinct MI250X (383.0); a device is one of its two dies
+    ("MI250", 181.05),  # AMD Instinct MI250 (362.1); a device is one of its two dies
+    ("MI210", 181.0),  # AMD Instinct MI210
+    ("MI300A", 980.6),  # AMD Instinct MI300A
+    ("MI300X", 1307.4),  # AMD Instinct MI300X
+    ("MI325X", 1307.4),  # AMD Instinct MI325X
+    ("MI350X", 2300.0),  # AMD Instinct MI350X
+    ("MI355X", 2500.0),  # AMD Instinct MI355X
+)
+_OTHER_CHIPS = frozenset({"laptop", "mobile", "max", "mig", "d", "ti", "super"})
+
+
+def peak_flops(device_name: str, dtype: str = "bfloat16") -> float | None:
+    """Peak matrix rate of one device in FLOP/s, or None where it is not known.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name()` gives it.
+        dtype: what the products compute in, as the config names it. Only "bfloat16" and "float16" have a peak here:
+            what float32 reaches depends on the TF32 setting, and a CPU's peak on its clock. FP8 products are by
+            convention rated against the bfloat16 peak.
+    """
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    if dtype not in ("bfloat16", "float16") or words & _OTHER_CHIPS:
+        return None
+    for name, tflops in _PEAK_TFLOPS:
+        if set(name.lower().split()) <= words:
+            return tflops * 1e12
+    return None
