@@ -51,7 +51,11 @@ def _rank_main(function: Callable[..., Any], rank: int, world_size: int, args: t
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
         )
         torch.save(function(*args), Path(folder) / f"result-{rank}.pt")
     except BaseException:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -149,11 +149,11 @@ class Trainer:
         self.metrics = self._build_metrics()
         self._closers.append(self.metrics.close)
 
-    def _build_loader(self, split: str, local_batch_size: int) -> DataLoader:
+    def _build_loader(self, split: Literal["train", "validation"], local_batch_size: int) -> DataLoader:
         """As many lanes for validation as for training, so that neither depends on the number of ranks."""
         config, is_training = self.config, split == "train"
         section = config.training if is_training else config.validation
-        source = open_source(section.dataset, section.dataset_path, split, config.data.text_key)  # type: ignore[arg-type]
+        source = open_source(section.dataset, section.dataset_path, split, config.data.text_key)
         first_lane = self.mesh.data_rank * self.lanes_per_rank
         loader = DataLoader(
             source,
@@ -197,7 +197,7 @@ class Trainer:
             reduce_dtype=_DTYPES[config.training.mixed_precision_reduce],
             accumulates=self.num_microbatches > 1,
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
-            checkpoint_mode=recompute.mode,  # type: ignore[arg-type]
+            checkpoint_mode=recompute.mode,
             checkpoint_option=recompute.selective_ac_option,
             checkpoint_early_stop=recompute.early_stop,
             preserve_rng_state=recompute.preserve_rng_state,
@@ -243,7 +243,7 @@ class Trainer:
         elif path is not None and checkpoint.initial_load_model_only:
             self.checkpointer.load_model(path, self.model)
         elif path is not None:
-            self.checkpointer.load(self._run_state(), folder=path, exclude=excluded)
+            self.checkpointer.load_from(path, self._run_state(), exclude=excluded)
 
     def _build_metrics(self) -> Metrics:
         config = self.config
@@ -438,7 +438,7 @@ class Trainer:
     def _work(self) -> Work:
         config, device = self.config, self.world.device
         recompute = config.activation_checkpoint
-        recomputed = recomputed_blocks(len(self.spec.layers), recompute.mode, recompute.selective_ac_option)  # type: ignore[arg-type]
+        recomputed = recomputed_blocks(len(self.spec.layers), recompute.mode, recompute.selective_ac_option)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return Work(
             flops_per_token=training_flops_per_token(self.spec, config.training.seq_len),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -20,9 +21,9 @@ def test_documents_do_not_see_each_other() -> None:
     init_weights(model, 0)
     tokens = torch.randint(97, (2, 20))
     boundaries = [0, 6, 20, 33, 40]
-    positions = torch.cat([torch.arange(end - start) for start, end in zip(boundaries, boundaries[1:], strict=False)])
+    positions = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(boundaries)])
     packed = model(tokens, position_ids=positions.view(2, 20), cu_seqlens=torch.tensor(boundaries, dtype=torch.int32))
-    for start, end in zip(boundaries, boundaries[1:], strict=False):
+    for start, end in itertools.pairwise(boundaries):
         alone = model(tokens.flatten()[None, start:end])[0]
         torch.testing.assert_close(packed.flatten(0, 1)[start:end], alone, atol=1e-5, rtol=1e-5)
 

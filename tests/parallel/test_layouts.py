@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from tests.ranks import run_ranks
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
-from titanmoe.models.spec import Dense, DecoderSpec, GroupedQuery, LayerSpec, MoE, Rope, Router
+from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 

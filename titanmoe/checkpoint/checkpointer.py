@@ -20,7 +20,7 @@ from titanmoe import __version__
 from titanmoe.checkpoint import step_folders
 from titanmoe.checkpoint.dcp_storage import Metadata, Shard, load_shards, read_metadata, save_shards, stored_tensors
 from titanmoe.checkpoint.files import retrying, write_whole
-from titanmoe.checkpoint.find import find_step, find_weights
+from titanmoe.checkpoint.find import find_start, find_step
 from titanmoe.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from titanmoe.checkpoint.matching import check_match
 from titanmoe.checkpoint.ranks import Ranks
@@ -132,22 +132,27 @@ class Checkpointer:
             ConfigError: `step` is not valid, or the checkpoint is of another model; nothing was changed then.
         """
         self.wait()
-        excluded = {"data" if part == "dataloader" else part for part in exclude}
-        if unknown := excluded - set(PARTS):
-            raise ConfigError(
-                f"unknown part {', '.join(sorted(unknown))}",
-                where="checkpoint.exclude_from_loading",
-                mend=f"parts are {', '.join(PARTS)}",
-            )
+        excluded = _parts_named(exclude)
         self._ranks.on_first(partial(step_folders.recover, self._folder))
         found = find_step(self._folder, self._ranks, step)
         if found is None:
             return None
-        path, manifest = found
+        self._kept = None if excluded else (found[1].step, False)
+        return self._restore(*found, run, excluded)
+
+    def load_from(self, path: str | Path, run: RunState, *, exclude: Collection[str] = ()) -> int:
+        """As `load`, from another run: a step folder, or the newest step of a checkpoint folder that can be resumed.
+
+        Raises ConfigError if there is none or it is of another model.
+        """
+        self.wait()
+        found, manifest = find_start(Path(path), self._ranks, resumable=True)
+        return self._restore(found, manifest, run, _parts_named(exclude))
+
+    def _restore(self, path: Path, manifest: Manifest, run: RunState, excluded: Collection[str]) -> int:
         started = time.monotonic()
         parts = _json_parts(run, excluded)
         state = self._ranks.on_each(partial(_read_state, path, parts))
-        self._kept = None if excluded else (manifest.step, False)
         self._load_tensors(path, run, excluded)
         self._ranks.on_each(partial(_restore_parts, parts, state))
         if "train_state" not in excluded:
@@ -164,7 +169,7 @@ class Checkpointer:
         Raises ConfigError if there is no valid checkpoint there or it is of another model.
         """
         self.wait()
-        found, manifest = find_weights(Path(path), self._ranks)
+        found, manifest = find_start(Path(path), self._ranks, resumable=False)
         metadata = self._ranks.on_each(partial(read_metadata, found))
         self._fill(found, metadata, named_model_tensors(model), ["model"])
         self._ranks.log(logging.INFO, "loaded the model from %s", found)
@@ -263,6 +268,17 @@ class Checkpointer:
         text = "saved on %d ranks, resumed on %d: random numbers are seeded anew from seed, step and rank"
         self._ranks.log(logging.INFO, text, len(states), self._ranks.size)
         seed_all(seed + manifest.step + self._ranks.rank)
+
+
+def _parts_named(names: Collection[str]) -> set[str]:
+    parts = {"data" if name == "dataloader" else name for name in names}
+    if unknown := parts - set(PARTS):
+        raise ConfigError(
+            f"unknown part {', '.join(sorted(unknown))}",
+            where="checkpoint.exclude_from_loading",
+            mend=f"parts are {', '.join(PARTS)}",
+        )
+    return parts
 
 
 def _json_parts(run: RunState, excluded: Collection[str]) -> dict[str, JsonState]:

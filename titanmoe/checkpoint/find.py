@@ -39,10 +39,10 @@ def find_step(folder: Path, ranks: Ranks, step: int = -1) -> tuple[Path, Manifes
     return wanted[0].path, manifest
 
 
-def find_weights(path: Path, ranks: Ranks) -> tuple[Path, Manifest]:
-    """The model to start from: `path` is a step folder, or a checkpoint folder whose newest valid step is taken.
+def find_start(path: Path, ranks: Ranks, *, resumable: bool) -> tuple[Path, Manifest]:
+    """What to start from: `path` is a step folder, or a checkpoint folder whose newest valid step is taken.
 
-    Raises ConfigError if there is none.
+    With `resumable`, a step that holds only the model does not count. Raises ConfigError if there is none.
     """
 
     def look() -> list[StepFolder]:
@@ -50,7 +50,7 @@ def find_weights(path: Path, ranks: Ranks) -> tuple[Path, Manifest]:
         return [inspect(path, parsed[0])] if parsed else survey(path)
 
     entries = ranks.on_first(look)
-    found, problems = _newest(entries, ranks, resumable=False)
+    found, problems = _newest(entries, ranks, resumable)
     if found is None:
         raise ConfigError(
             f"no valid checkpoint there ({'; '.join(problems)})" if problems else "no checkpoint there",

@@ -73,4 +73,5 @@ def _fill_normal(parameter: Tensor, std: float, seed: int) -> None:
         values = torch.empty((stop - start, *row_shape), dtype=torch.float32, device=local.device)
         values.normal_(0.0, std, generator=generator)
         low, high = max(start, first), min(stop, end)
-        local[low - first : high - first].copy_(values[low - start : high - start][(slice(None), *inner)])
+        wanted = (slice(low - start, high - start), *inner)
+        local[low - first : high - first].copy_(values[wanted])

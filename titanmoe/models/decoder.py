@@ -16,7 +16,7 @@ from torch import Tensor
 from titanmoe.models.attention import GroupedQueryAttention
 from titanmoe.models.feed_forward import FeedForward
 from titanmoe.models.moe.layer import MoELayer
-from titanmoe.models.spec import Dense, DecoderSpec, LayerSpec
+from titanmoe.models.spec import DecoderSpec, Dense, LayerSpec, MoE, Rope
 from titanmoe.ops.rope import rope_table
 
 Head = Callable[[Tensor, Tensor], Any]
@@ -32,10 +32,9 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.attention = GroupedQueryAttention(dim, spec.attention, norm_eps)
         self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
-        if isinstance(spec.feed_forward, Dense):
-            self.feed_forward, self.moe = FeedForward(dim, spec.feed_forward), None
-        else:
-            self.feed_forward, self.moe = None, MoELayer(dim, spec.feed_forward)
+        feed_forward = spec.feed_forward
+        self.feed_forward = FeedForward(dim, feed_forward) if isinstance(feed_forward, Dense) else None
+        self.moe = MoELayer(dim, feed_forward) if isinstance(feed_forward, MoE) else None
 
     def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, cu_seqlens)
@@ -111,7 +110,8 @@ class Decoder(nn.Module):
 
     def moe_layers(self) -> list[tuple[str, MoELayer]]:
         """(layer index as in `layers`, MoE layer) of every block that has one."""
-        return [(index, block.moe) for index, block in self.layers.items() if block.moe is not None]
+        named_blocks = zip(self.layers, self.blocks(), strict=True)
+        return [(index, block.moe) for index, block in named_blocks if block.moe is not None]
 
-    def _ropes(self) -> set:
+    def _ropes(self) -> set[Rope]:
         return {layer.attention.rope for layer in self.spec.layers}

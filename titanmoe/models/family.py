@@ -60,7 +60,9 @@ def get_family(name: str) -> Family:
     """
     if name not in FAMILIES:
         raise ConfigError(
-            f"no model family is called {name!r}", where="model.name", mend=f"choose one of: {', '.join(FAMILIES)}, auto"
+            f"no model family is called {name!r}",
+            where="model.name",
+            mend=f"choose one of: {', '.join(FAMILIES)}, auto",
         )
     return importlib.import_module(f"titanmoe.models.families.{name}").FAMILY
 

@@ -28,7 +28,10 @@ def causal_attention(q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, cu_seqlens:
     # One product per document: on CPU this is 4 times faster than a mask over the whole sequence.
     batch, seq_len = q_BSNH.shape[:2]
     lengths = cu_seqlens.diff().tolist()
-    flat = [tensor.reshape(1, batch * seq_len, *tensor.shape[2:]).split(lengths, dim=1) for tensor in (q_BSNH, k_BSKH, v_BSKH)]
+    flat = [
+        tensor.reshape(1, batch * seq_len, *tensor.shape[2:]).split(lengths, dim=1)
+        for tensor in (q_BSNH, k_BSKH, v_BSKH)
+    ]
     return torch.cat([_sdpa(q, k, v) for q, k, v in zip(*flat, strict=True)], dim=1).view_as(q_BSNH)
 
 
@@ -45,4 +48,6 @@ def _varlen(q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, cu_seqlens: Tensor) 
     heads_per_group = q.shape[1] // k.shape[1]
     if heads_per_group > 1:  # torch 2.11 has no enable_gqa here
         k, v = k.repeat_interleave(heads_per_group, dim=1), v.repeat_interleave(heads_per_group, dim=1)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=(-1, 0)).view_as(q_BSNH)
+    o = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=(-1, 0))
+    assert isinstance(o, Tensor)  # a pair only if its log-sum-exp is asked for
+    return o.view_as(q_BSNH)

@@ -12,6 +12,7 @@ place: the offsets are in host memory anyway, and the loop is faster there (see 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +39,13 @@ def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
 
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
         needs_dx, needs_dw, _ = ctx.needs_input_grad
         ctx.save_for_backward(x_RK if needs_dw else None, w_ENK if needs_dx else None, offsets_E)
         return _rows_times_weights(x_RK, w_ENK, offsets_E, transpose=True)
 
     @staticmethod
-    def backward(ctx, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_RK, w_ENK, offsets_E = ctx.saved_tensors
         dy_RN = dy_RN.contiguous()
         dx_RK = None if w_ENK is None else _rows_times_weights(dy_RN, w_ENK, offsets_E, transpose=False)
@@ -98,13 +99,16 @@ def _(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def _has_grouped_kernel(*operands: Tensor) -> bool:
-    return all(
-        operand.device.type != "cpu"
-        and operand.dtype == torch.bfloat16
-        and operand.shape[-1] * operand.element_size() % _ALIGNMENT_BYTES == 0
-        and operand.shape[-2] * operand.element_size() % _ALIGNMENT_BYTES == 0
-        for operand in operands[1:]
-    ) and operands[0].dtype == torch.bfloat16
+    return (
+        all(
+            operand.device.type != "cpu"
+            and operand.dtype == torch.bfloat16
+            and operand.shape[-1] * operand.element_size() % _ALIGNMENT_BYTES == 0
+            and operand.shape[-2] * operand.element_size() % _ALIGNMENT_BYTES == 0
+            for operand in operands[1:]
+        )
+        and operands[0].dtype == torch.bfloat16
+    )
 
 
 def _groups(offsets_E: Tensor) -> Iterator[tuple[int, int, int]]:

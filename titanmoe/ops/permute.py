@@ -9,6 +9,7 @@ order in which threads run. `combine` sums in float32 whatever the dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,36 +62,36 @@ def permute_weights(weights_TK: Tensor, permutation: Permutation) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(row_TK)
         return x_TD.index_select(0, token_R)
 
     @staticmethod
-    def backward(ctx, dx_RD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dx_RD: Tensor) -> tuple[Tensor, None, None]:
         (row_TK,) = ctx.saved_tensors
         return _sum_rows(dx_RD, row_TK), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_RD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, y_RD: Tensor, token_R: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(token_R)
         return _sum_rows(y_RD, row_TK)
 
     @staticmethod
-    def backward(ctx, dy_TD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
         (token_R,) = ctx.saved_tensors
         return dy_TD.index_select(0, token_R), None, None
 
 
 class _PermuteWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights_TK: Tensor, slot_R: Tensor, row_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, weights_TK: Tensor, slot_R: Tensor, row_TK: Tensor) -> Tensor:
         ctx.save_for_backward(row_TK)
         return weights_TK.reshape(-1).index_select(0, slot_R)
 
     @staticmethod
-    def backward(ctx, dweights_R: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dweights_R: Tensor) -> tuple[Tensor, None, None]:
         (row_TK,) = ctx.saved_tensors
         return dweights_R[row_TK], None, None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def rope_table(position_ids_BS: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each (B, S, 1, C) with C = dim; computed in float32, returned in `dtype`."""
+    """cos and sin of every position's angles, each (B, S, 1, C) with C = dim: computed in float32, given in `dtype`."""
     channels = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids_BS.device)
     frequencies = 1.0 / theta ** (channels / dim)
     angles_BSC = (position_ids_BS[..., None].float() * frequencies).repeat(1, 1, 2)[:, :, None]

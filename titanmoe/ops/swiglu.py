@@ -8,6 +8,8 @@ of the weight then needs no copy of the expert's output, and the product's resul
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,14 +25,14 @@ def swiglu(gate_up_R2H: Tensor, weights_R: Tensor | None = None) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up_R2H: Tensor, weights_R: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gate_up_R2H: Tensor, weights_R: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_R2H, weights_R)
         gate_RH, up_RH = gate_up_R2H.chunk(2, dim=-1)
         h_RH = F.silu(gate_RH).mul_(up_RH)
         return h_RH if weights_R is None else h_RH.mul_(weights_R.to(h_RH.dtype)[:, None])
 
     @staticmethod
-    def backward(ctx, dh_RH: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, dh_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         gate_up_R2H, weights_R = ctx.saved_tensors
         gate_RH, up_RH = gate_up_R2H.chunk(2, dim=-1)
         silu_RH = F.silu(gate_RH)

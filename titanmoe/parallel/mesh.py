@@ -36,7 +36,8 @@ class Mesh:
     @property
     def data_rank(self) -> int:
         """Which part of every batch this rank reads."""
-        return self.device_mesh.get_local_rank("dp_replicate") * self.dp_shard + self.device_mesh.get_local_rank("dp_shard")
+        replica, shard = (self.device_mesh.get_local_rank(axis) for axis in ("dp_replicate", "dp_shard"))
+        return replica * self.dp_shard + shard
 
     @property
     def fsdp(self) -> DeviceMesh:

@@ -8,7 +8,7 @@ from typing import Any
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.family import Family
 from titanmoe.models.keys import Rule
-from titanmoe.models.spec import Dense, DecoderSpec, GroupedQuery, LayerSpec, MoE, Rope, Router
+from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
 
 _DENSE, _MOE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 _VOCAB = 151_936
@@ -125,13 +125,23 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if rope_type != "default":
-        raise ConfigError(f"rope type {rope_type!r} is not supported", where="config.json: rope_scaling", mend="supported: default")
+        raise ConfigError(
+            f"rope type {rope_type!r} is not supported", where="config.json: rope_scaling", mend="supported: default"
+        )
     if config.get("use_sliding_window"):
-        raise ConfigError("sliding-window attention is not supported for qwen3", where="config.json: use_sliding_window")
+        raise ConfigError(
+            "sliding-window attention is not supported for qwen3", where="config.json: use_sliding_window"
+        )
     if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"activation {config['hidden_act']!r} is not supported", where="config.json: hidden_act", mend="supported: silu")
+        raise ConfigError(
+            f"activation {config['hidden_act']!r} is not supported",
+            where="config.json: hidden_act",
+            mend="supported: silu",
+        )
     if config.get("attention_dropout"):
-        raise ConfigError("attention dropout is not supported", where="config.json: attention_dropout", mend="set it to 0")
+        raise ConfigError(
+            "attention dropout is not supported", where="config.json: attention_dropout", mend="set it to 0"
+        )
 
 
 def _to_hf_config(spec: DecoderSpec, dtype_name: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D model dim, E experts, K
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -33,16 +35,17 @@ class Router(nn.Module):
         super().__init__()
         self.spec = spec
         self.gate = nn.Linear(dim, spec.num_experts, bias=False)
-        bias = torch.zeros(spec.num_experts, dtype=torch.float32) if spec.router.selection_bias else None
-        self.register_buffer("expert_bias", bias)
-        self.register_buffer("num_tokens_per_expert_E", torch.zeros(spec.num_experts, dtype=torch.int64), persistent=False)
+        bias_E = torch.zeros(spec.num_experts, dtype=torch.float32) if spec.router.selection_bias else None
+        counts_E = torch.zeros(spec.num_experts, dtype=torch.int64)
+        self.register_buffer("expert_bias", bias_E)
+        self.register_buffer("num_tokens_per_expert_E", counts_E, persistent=False)
         self.aux_loss_weight = 0.0
         self.force_balance = False
         self._last_counts_E: Tensor | None = None
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights_TK (float32) and experts_TK (int64)."""
-        num_experts, top_k, router = self.spec.num_experts, self.spec.top_k, self.spec.router
+        num_experts, router = self.spec.num_experts, self.spec.router
         logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.gate.weight.float())
         scores_TE = logits_TE.softmax(dim=-1) if router.score == "softmax" else logits_TE.sigmoid()
         experts_TK = self._choose(scores_TE.detach())
@@ -70,7 +73,7 @@ class Router(nn.Module):
         return torch.topk(scores_TE, self.spec.top_k, dim=-1, sorted=False).indices
 
     def record(self) -> None:
-        """Add the last forward's counts. Called outside the recomputed region, so that recomputing counts nothing twice."""
+        """Add the last forward's counts. Called outside what is recomputed, so that nothing is counted twice."""
         if self._last_counts_E is not None:
             self.num_tokens_per_expert_E += self._last_counts_E
             self._last_counts_E = None
@@ -79,7 +82,7 @@ class Router(nn.Module):
 def balance_loss(scores_TE: Tensor, experts_TK: Tensor, num_sequences: int) -> Tensor:
     """The load-balancing loss of Switch Transformer (arXiv 2101.03961, eq. 4), per sequence and summed over sequences.
 
-    For one sequence: E * sum over e of f_e P_e, with f_e the fraction of its T K choices that fell on e, and P_e the mean
+    For one sequence: E * sum over e of f_e P_e, with f_e the fraction of its choices that fell on e, and P_e the mean
     over its tokens of the (normalised) score of e. It is 1 when perfectly even. Taken per sequence (as in DeepSeek-V3,
     arXiv 2412.19437, eq. 17) it does not depend on how a global batch is cut into microbatches and ranks.
     """
@@ -99,9 +102,9 @@ class _AddLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, dx: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor]:
         return dx, dx.new_ones(())
