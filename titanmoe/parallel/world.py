@@ -40,7 +40,7 @@ def init_world(timeout_seconds: int) -> World:
     """
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     size = world_size_from_env()
-    device, backend = torch.device("cpu"), "cpu:gloo"
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(

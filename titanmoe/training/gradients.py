@@ -59,9 +59,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         # On a CPU the value is there already: leave the gradients alone if it is 1.
         if device.type != "cpu" or type(factor) is not Tensor or not factor >= 1:
-            for grads in layouts.values():
-                for grad in grads:
-                    grad.mul_(factor)
+            for grads in filter(None, layouts.values()):
+                torch._foreach_mul_(grads, factor)
     return norm
 
 
