@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from titanmoe.ops.attention import causal_attention
 from titanmoe.ops.permute import combine, permute, permute_weights, sort_by_expert
+from titanmoe.ops.rms_norm import rms_norm
 from titanmoe.ops.rope import apply_rope, rope_table
 from titanmoe.ops.swiglu import swiglu
 
@@ -65,6 +66,36 @@ def test_swiglu_gradients(weighted: bool) -> None:
     torch.testing.assert_close(swiglu(gate_up, weights), expected)
     inputs = (gate_up, weights) if weighted else (gate_up,)
     assert torch.autograd.gradcheck(swiglu, inputs)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_against_float64(num_rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titanmoe.ops.rows._BLOCK_NUMEL", 100)  # several blocks, and a shorter last one
+    x = torch.randn(1, num_rows, 24, dtype=dtype, requires_grad=True)
+    weight = torch.rand(24, dtype=dtype, requires_grad=True)
+    dy = torch.randn(1, num_rows, 24, dtype=dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    expected = exact[0] * (exact[0].square().mean(-1, keepdim=True) + 1e-6).rsqrt() * exact[1]
+    y = rms_norm(x, weight, 1e-6)
+    assert y.dtype == dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(y.double(), expected, **tolerance)
+    for grad, reference in zip(
+        torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(expected, exact, dy.double()), strict=True
+    ):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), reference, **(tolerance | {"atol": tolerance["atol"] * 10}))
+
+
+def test_swiglu_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_up, weights = torch.randn(37, 16, requires_grad=True), torch.rand(37, requires_grad=True)
+    dh = torch.randn(37, 8)
+    whole = [swiglu(gate_up, weights), *torch.autograd.grad(swiglu(gate_up, weights), (gate_up, weights), dh)]
+    monkeypatch.setattr("titanmoe.ops.rows._BLOCK_NUMEL", 100)
+    cut = [swiglu(gate_up, weights), *torch.autograd.grad(swiglu(gate_up, weights), (gate_up, weights), dh)]
+    for one, other in zip(whole, cut, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_rope_rotates_by_position_times_frequency() -> None:

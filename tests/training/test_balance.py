@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.ranks import run_ranks
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
-from titanmoe.training.balance import collect_expert_counts, update_selection_bias
+from titanmoe.training.balance import ExpertBalance, collect_expert_counts, update_selection_bias
 
 NUM_EXPERTS = 5
 
@@ -78,3 +80,30 @@ def test_it_evens_out_a_skewed_router() -> None:
         update_selection_bias(model, counts, 0.004)
     assert spread[0] == 30 and max(spread[-5:]) <= 12
     assert abs(float(router.expert_bias.sum())) < 1e-5
+
+
+def _two_windows(rate: float) -> list[list[list[int]]]:
+    """Steps 1 to 3, of which 2 and 3 are logged; rank r sends 1 + r tokens to expert (step) and none elsewhere."""
+    model = tiny("bias")
+    router = model.moe_layers()[0][1].router
+    balance = ExpertBalance(model, rate)
+    logged = []
+    for step in (1, 2, 3):
+        router.num_tokens_per_expert_E[step] += 1 + dist.get_rank()
+        counts = balance.step(is_logged=step > 1)
+        logged.append([count[0].tolist() for count in counts] if counts else [])
+    return [*logged, [(router.expert_bias / max(rate, 1e-9)).round().int().tolist()]]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_the_window_is_all_that_came_since_the_last_log_over_all_ranks(rate: float) -> None:
+    first, second, third, bias = run_ranks(_two_windows, 2, rate)[0]
+    assert first == []
+    assert second == [[0, 0, 3, 0, 0], [0, 3, 3, 0, 0]]  # this step, and with the one before
+    assert third == [[0, 0, 0, 3, 0], [0, 0, 0, 3, 0]]
+    # Each step lowers one expert by 1.6 and raises the others by 0.4, after centring.
+    assert bias == [[0] * 5 if rate == 0 else [1, -1, -1, -1, 1]]
+
+
+def test_a_dense_model_has_no_balance() -> None:
+    assert ExpertBalance(tiny("dense"), 0.1).step(is_logged=True) is None

@@ -23,8 +23,7 @@ from titanmoe.checkpoint.files import retrying, write_whole
 from titanmoe.checkpoint.find import find_start, find_step
 from titanmoe.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from titanmoe.checkpoint.matching import check_match
-from titanmoe.checkpoint.ranks import Ranks
-from titanmoe.checkpoint.rng import rng_state, seed_all, set_rng_state
+from titanmoe.checkpoint.rng import rng_state, set_rng_state
 from titanmoe.checkpoint.run_state import (
     JsonState,
     RunState,
@@ -35,6 +34,8 @@ from titanmoe.checkpoint.run_state import (
 )
 from titanmoe.checkpoint.staging import Staging
 from titanmoe.config.errors import ConfigError
+from titanmoe.parallel.ranks import Ranks
+from titanmoe.training.determinism import set_seed
 
 logger = logging.getLogger("titanmoe")
 
@@ -80,11 +81,11 @@ class Checkpointer:
         self._in_flight: Future[None] | None = None
         self._kept: tuple[int, bool] | None = None  # step and model_only of what this run saved or loaded last
 
-    def save(self, step: int, run: RunState, *, model_only: bool = False) -> None:
+    def save(self, step: int, run: RunState, *, model_only: bool = False, dtype: torch.dtype | None = None) -> None:
         """Save a step; returns when it is published or, in an asynchronous mode, when its snapshot is taken.
 
         A step that this run saved or loaded already is not saved again. One of the same number from another run is
-        replaced once the new one is complete.
+        replaced once the new one is complete. With `model_only`, parameters are saved in `dtype` if it is given.
 
         Raises:
             OSError: a file could not be written; for the save before this one in an asynchronous mode. Checkpoints
@@ -95,6 +96,11 @@ class Checkpointer:
             self._ranks.log(logging.INFO, "checkpoint step %d is saved already", step)
             return
         tensors = named_model_tensors(run.model)
+        if model_only and dtype is not None:
+            tensors = {
+                name: tensor.detach().to(dtype) if isinstance(tensor, nn.Parameter) else tensor
+                for name, tensor in tensors.items()
+            }
         if not model_only:
             tensors.update(optimizer_tensors(run.model, run.optimizers))
         state_json = self._state_json(step, run, model_only)
@@ -267,7 +273,7 @@ class Checkpointer:
             return
         text = "saved on %d ranks, resumed on %d: random numbers are seeded anew from seed, step and rank"
         self._ranks.log(logging.INFO, text, len(states), self._ranks.size)
-        seed_all(seed + manifest.step + self._ranks.rank)
+        set_seed(seed + manifest.step + self._ranks.rank)
 
 
 def _parts_named(names: Collection[str]) -> set[str]:

@@ -37,8 +37,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from titanmoe.checkpoint.files import HashingWriter, may_pass, write_whole
 from titanmoe.checkpoint.manifest import FileRecord
 from titanmoe.checkpoint.quantized_state import as_plain, is_quantized, requantize
-from titanmoe.checkpoint.ranks import Ranks
 from titanmoe.ops.sharding import local_box, local_tensor
+from titanmoe.parallel.ranks import Ranks
 
 TENSORS_NAME = "tensors.json"
 

@@ -46,11 +46,15 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that after a crash it is there with all its bytes, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk its room is wanted
+        raise
     sync_folder(path.parent)
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from titanmoe.checkpoint.manifest import Manifest, check_contents
-from titanmoe.checkpoint.ranks import Ranks
 from titanmoe.checkpoint.step_folders import StepFolder, inspect, parse_step, step_folder, survey
 from titanmoe.config.errors import ConfigError
+from titanmoe.parallel.ranks import Ranks
 
 
 def find_step(folder: Path, ranks: Ranks, step: int = -1) -> tuple[Path, Manifest] | None:
@@ -20,7 +20,7 @@ def find_step(folder: Path, ranks: Ranks, step: int = -1) -> tuple[Path, Manifes
     """
     entries = ranks.on_first(partial(survey, folder))
     if step < 0:
-        return _newest(entries, ranks, resumable=True)[0]
+        return _newest([entry for entry in entries if not _is_seed(entry)], ranks, resumable=True)[0]
     wanted = [entry for entry in entries if entry.step == step]
     problem = _problem(wanted[0], ranks, resumable=True) if wanted else "there is no such folder"
     if problem:
@@ -59,6 +59,11 @@ def find_start(path: Path, ranks: Ranks, *, resumable: bool) -> tuple[Path, Mani
             "set checkpoint.initial_load_in_hf = true",
         )
     return found
+
+
+def _is_seed(entry: StepFolder) -> bool:
+    """Whether it holds the weights to begin with, which nobody expects to resume from."""
+    return entry.step == 0 and entry.manifest is not None and entry.manifest.model_only
 
 
 def _newest(entries: list[StepFolder], ranks: Ranks, resumable: bool) -> tuple[tuple[Path, Manifest] | None, list[str]]:

@@ -97,9 +97,8 @@ def save_hf(
     shards: list[list[_Entry]] = []
 
     def prepare() -> None:
+        check_exportable(model, family, spec)
         shards.extend(_split_into_shards(_entries(tensors, family.rules, dtype), max_shard_bytes))
-        if not can_express(family, spec):
-            raise ConfigError(f"a config.json of family {family.name!r} cannot describe this model: {spec}")
         if writes:
             _check_target(target, overwrite, _num_bytes(shards))
             temporary.mkdir(parents=True)
@@ -128,6 +127,22 @@ def save_hf(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_exportable(model: nn.Module, family: Family, spec: DecoderSpec) -> None:
+    """Whether the family's files have a place for all of the model, which may be on the meta device.
+
+    Raises:
+        ConfigError: they have none for a tensor, or config.json none for the spec.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    if without_rule := map_keys(family.rules, shapes)[1]:
+        raise ConfigError(
+            f"the files of family {family.name!r} have no place for {describe_keys(without_rule)}",
+            mend="A model with them cannot be exported to this family's format; a training checkpoint holds them.",
+        )
+    if not can_express(family, spec):
+        raise ConfigError(f"a config.json of family {family.name!r} cannot describe this model: {spec}")
+
+
 def can_express(family: Family, spec: DecoderSpec) -> bool:
     """Whether the spec survives the way into the family's config.json and back."""
     return family.from_hf_config(family.to_hf_config(spec, "float32")) == spec
@@ -136,12 +151,7 @@ def can_express(family: Family, spec: DecoderSpec) -> bool:
 def _entries(tensors: Mapping[str, Tensor], rules: Sequence[Rule], dtype: torch.dtype | None) -> list[_Entry]:
     """What to write, in order: the model's, with larger dtypes first (see TensorWriter)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    by_file_key, without_rule = map_keys(rules, shapes)
-    if without_rule:
-        raise ConfigError(
-            f"the files of this family have no place for {describe_keys(without_rule)}",
-            mend="A model with them cannot be exported to this family's format; a training checkpoint holds them.",
-        )
+    by_file_key, _ = map_keys(rules, shapes)
     for name, tensor in tensors.items():
         if (dtype or tensor.dtype) not in _SAVED_DTYPES:
             raise ConfigError(

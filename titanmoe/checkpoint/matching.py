@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from titanmoe.checkpoint.dcp_storage import StoredTensor
-from titanmoe.checkpoint.ranks import Ranks
 from titanmoe.config.errors import ConfigError
+from titanmoe.parallel.ranks import Ranks
 
 _MAX_LISTED = 5
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titanmoe.checkpoint.ranks import Ranks
+from titanmoe.parallel.ranks import Ranks
 
 # Wrappers for activation checkpointing and compilation put these segments into parameter names.
 _WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module.", "_orig_mod.")

@@ -14,7 +14,7 @@ from titanmoe.data.tokenizer import BUILTIN_TOKENIZER
 from titanmoe.models.build import build_model, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.family import FAMILIES, Family, family_of_hf_config, get_family
-from titanmoe.models.spec import DecoderSpec
+from titanmoe.models.spec import DecoderSpec, with_selection_bias
 
 
 def spec_of_hf_folder(folder: str | Path) -> tuple[Family, DecoderSpec]:
@@ -33,6 +33,23 @@ def spec_of_hf_folder(folder: str | Path) -> tuple[Family, DecoderSpec]:
         raise ConfigError(error.what, where=f"{folder}: {error.where}", mend=error.mend) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"a value of config.json is of the wrong kind ({error})", where=str(folder)) from error
+
+
+def choose_model(
+    name: str, flavor: str, hf_assets_path: str | None, *, selection_bias: bool
+) -> tuple[Family, DecoderSpec]:
+    """What `model.name` and `model.flavor` mean; with `selection_bias`, every router has one.
+
+    Raises:
+        ConfigError: no such family or flavor; with the name "auto", as `spec_of_hf_folder`.
+    """
+    if name == "auto":
+        assert hf_assets_path is not None, "validated"
+        family, spec = spec_of_hf_folder(hf_assets_path)
+    else:
+        family = get_family(name)
+        spec = family.flavor(flavor)
+    return family, with_selection_bias(spec) if selection_bias else spec
 
 
 def from_pretrained(

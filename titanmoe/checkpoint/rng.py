@@ -39,14 +39,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
         numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, cached))
 
 
-def seed_all(seed: int) -> None:
-    """Start every generator from one number."""
-    random.seed(seed)
-    torch.manual_seed(seed)  # accelerators too
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(seed % 2**32)
-
-
 def _text(state: torch.Tensor) -> str:
     return base64.b64encode(bytes(state.tolist())).decode()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from titanmoe.config.errors import ConfigError
@@ -118,6 +119,11 @@ def _check_checkpoint(checkpoint: Checkpoint, model: Model) -> None:
             where=f"checkpoint.{which}",
             mend="Set checkpoint.enable = true; with checkpoint.load_only = true nothing is saved.",
         )
+    if checkpoint.last_save_in_hf and (not checkpoint.enable or checkpoint.load_only):
+        reason = "checkpoint.load_only is on" if checkpoint.enable else "checkpoint.enable is off"
+        raise ConfigError(f"is set, but {reason}: nothing would be saved", where="checkpoint.last_save_in_hf")
+    if checkpoint.load_step != -1 and not checkpoint.enable:
+        raise ConfigError("is set, but checkpoint.enable is off: nothing would be loaded", where="checkpoint.load_step")
     if checkpoint.create_seed_checkpoint and not checkpoint.enable:
         raise ConfigError("needs checkpoint.enable = true", where="checkpoint.create_seed_checkpoint")
     if checkpoint.create_seed_checkpoint and checkpoint.load_only:
@@ -147,7 +153,12 @@ def _check_profiling(profiling: Profiling) -> None:
 
 
 def _check_paths(config: JobConfig) -> None:
-    """Directories that are certain to be read. Those of data are checked where the data is opened."""
+    """Directories that are certain to be read or written. Those of data are checked where the data is opened."""
+    dump_folder = Path(config.job.dump_folder)
+    nearest = next(path for path in (dump_folder.absolute(), *dump_folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        found = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise ConfigError(f"{nearest} {found}", where="job.dump_folder", mend="Name a folder that can be written.")
     directories = {"model.hf_assets_path": config.model.hf_assets_path}
     if config.model.tokenizer_path != "builtin":
         directories["model.tokenizer_path"] = config.model.tokenizer_path

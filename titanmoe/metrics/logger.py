@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from titanmoe.config.errors import ConfigError
 from titanmoe.metrics.console import Console, RunInfo
 from titanmoe.metrics.records import JSONL_NAME, Value
 from titanmoe.metrics.report import write_report
 from titanmoe.metrics.terminal import Terminal, current_terminal
 from titanmoe.metrics.writers import JsonlWriter, TensorBoardWriter, WandbWriter
+
+logger = logging.getLogger("titanmoe.metrics")
 
 
 class Writer(Protocol):
@@ -59,9 +63,13 @@ class Metrics:
 
         `outputs` names what else was left behind, and where: {"checkpoint": "outputs/checkpoint/step-100"}.
         """
-        if self._console:
-            report = write_report(self._folder)
-            self._console.finish(step, {**outputs, "report": str(report)}, status)
+        if not self._console:
+            return
+        try:
+            outputs = {**outputs, "report": str(write_report(self._folder))}
+        except ConfigError as error:  # it can be made again from metrics.jsonl: no reason to fail a run that is over
+            logger.error("report.html was not written: %s", error)
+        self._console.finish(step, outputs, status)
 
     def close(self) -> None:
         """Close every writer; to be called however the run ends."""

@@ -43,7 +43,8 @@ def write_report(dump_folder: str | Path) -> Path:
     except FileNotFoundError as error:
         raise ConfigError("no such file", where=str(source), mend="name the job.dump_folder of a run") from error
     except OSError as error:
-        raise ConfigError(error.strerror or str(error), where=str(error.filename or folder)) from error
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(error.strerror or str(error), where=str(error.filename or target)) from error
     return target
 
 

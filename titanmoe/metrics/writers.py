@@ -63,8 +63,12 @@ class JsonlWriter:
         if nonfinite:
             record["nonfinite"] = nonfinite
         # One write of a whole line: a kill can cut it off, but never mix two.
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            text = f"metrics of step {step} were not written: {error.strerror}"
+            raise OSError(error.errno, text, self._file.name) from error
 
 
 def _keep_until(path: Path, resumed_step: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn as nn
 from torch import Tensor
 
+from titanmoe.models.norm import RMSNorm
 from titanmoe.models.spec import GroupedQuery
 from titanmoe.ops.attention import causal_attention
 from titanmoe.ops.rope import apply_rope
@@ -22,8 +23,8 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(dim, key_dim, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(dim, key_dim, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(query_dim, dim, bias=spec.out_bias)
-        self.q_norm = nn.RMSNorm(spec.head_dim, eps=norm_eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(spec.head_dim, eps=norm_eps) if spec.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
 
     def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         heads = (*x_BSD.shape[:2], -1, self.spec.head_dim)

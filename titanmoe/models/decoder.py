@@ -16,6 +16,7 @@ from torch import Tensor
 from titanmoe.models.attention import GroupedQueryAttention
 from titanmoe.models.feed_forward import FeedForward
 from titanmoe.models.moe.layer import MoELayer
+from titanmoe.models.norm import RMSNorm
 from titanmoe.models.spec import DecoderSpec, Dense, LayerSpec, MoE, Rope
 from titanmoe.ops.rope import rope_table
 
@@ -29,9 +30,9 @@ class Block(nn.Module):
     def __init__(self, dim: int, spec: LayerSpec, norm_eps: float) -> None:
         super().__init__()
         self.spec = spec
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention_norm = RMSNorm(dim, norm_eps)
         self.attention = GroupedQueryAttention(dim, spec.attention, norm_eps)
-        self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.ffn_norm = RMSNorm(dim, norm_eps)
         feed_forward = spec.feed_forward
         self.feed_forward = FeedForward(dim, feed_forward) if isinstance(feed_forward, Dense) else None
         self.moe = MoELayer(dim, feed_forward) if isinstance(feed_forward, MoE) else None
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict(
             {str(index): Block(spec.dim, layer, spec.norm_eps) for index, layer in enumerate(spec.layers)}
         )
-        self.norm = nn.RMSNorm(spec.dim, eps=spec.norm_eps)
+        self.norm = RMSNorm(spec.dim, spec.norm_eps)
         self.output = None if spec.tie_embeddings else Output(spec.dim, spec.vocab_size, bias=False)
 
     def forward(

@@ -14,12 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanmoe.ops.rows import row_blocks, works_in_blocks
+
 
 def swiglu(gate_up_R2H: Tensor, weights_R: Tensor | None = None) -> Tensor:
     """h_RH = silu(gate) * up [* weight of the row], where gate and up are the halves of `gate_up_R2H`.
 
     Keeps only its inputs for backward. Bytes: 3 R H forward, 5 R H backward.
     """
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula, and its backward
+        gate_RH, up_RH = gate_up_R2H.chunk(2, dim=-1)
+        h_RH = F.silu(gate_RH) * up_RH
+        return h_RH if weights_R is None else h_RH * weights_R.to(h_RH.dtype)[:, None]
     return _SwiGLU.apply(gate_up_R2H, weights_R)
 
 
@@ -27,21 +33,31 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_R2H: Tensor, weights_R: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_R2H, weights_R)
-        gate_RH, up_RH = gate_up_R2H.chunk(2, dim=-1)
-        h_RH = F.silu(gate_RH).mul_(up_RH)
-        return h_RH if weights_R is None else h_RH.mul_(weights_R.to(h_RH.dtype)[:, None])
+        h_RH = gate_up_R2H.new_empty(gate_up_R2H.shape[0], gate_up_R2H.shape[1] // 2)
+        for rows in _blocks(gate_up_R2H):
+            gate_RH, up_RH = gate_up_R2H[rows].chunk(2, dim=-1)
+            product = torch.mul(F.silu(gate_RH), up_RH, out=h_RH[rows])
+            if weights_R is not None:
+                product.mul_(weights_R[rows].to(product.dtype)[:, None])
+        return h_RH
 
     @staticmethod
     def backward(ctx: Any, dh_RH: Tensor) -> tuple[Tensor, Tensor | None]:
         gate_up_R2H, weights_R = ctx.saved_tensors
-        gate_RH, up_RH = gate_up_R2H.chunk(2, dim=-1)
-        silu_RH = F.silu(gate_RH)
-        dweights_R = None
-        if weights_R is not None:
-            dweights_R = torch.linalg.vecdot(dh_RH, silu_RH * up_RH).to(weights_R.dtype)
-            dh_RH = dh_RH * weights_R.to(dh_RH.dtype)[:, None]
         dgate_up_R2H = torch.empty_like(gate_up_R2H)
-        dgate_RH, dup_RH = dgate_up_R2H.chunk(2, dim=-1)
-        torch.mul(dh_RH, silu_RH, out=dup_RH)
-        torch.ops.aten.silu_backward.grad_input(dh_RH * up_RH, gate_RH, grad_input=dgate_RH)
+        dweights_R = None if weights_R is None else torch.empty_like(weights_R)
+        for rows in _blocks(gate_up_R2H):
+            gate_RH, up_RH = gate_up_R2H[rows].chunk(2, dim=-1)
+            dgate_RH, dup_RH = dgate_up_R2H[rows].chunk(2, dim=-1)
+            dh = dh_RH[rows]
+            silu_RH = F.silu(gate_RH)
+            if weights_R is not None:
+                dweights_R[rows] = (silu_RH * up_RH).mul_(dh).sum(dim=-1, dtype=weights_R.dtype)
+                dh = dh * weights_R[rows].to(dh.dtype)[:, None]
+            torch.mul(dh, silu_RH, out=dup_RH)
+            torch.ops.aten.silu_backward.grad_input(dh * up_RH, gate_RH, grad_input=dgate_RH)
         return dgate_up_R2H, dweights_R
+
+
+def _blocks(gate_up_R2H: Tensor) -> list[slice]:
+    return list(row_blocks(gate_up_R2H)) if works_in_blocks(gate_up_R2H) else [slice(0, gate_up_R2H.shape[0])]

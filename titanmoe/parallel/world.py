@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from titanmoe.config.errors import ConfigError
+from titanmoe.parallel.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,18 @@ def init_world(timeout_seconds: int) -> World:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     Without these variables this is the only process, and no port is opened. Tensors on the CPU always have gloo, so
-    that small agreements between hosts need no device.
+    that small agreements between hosts need no device. Without a GPU, freed memory stays with the process from now on.
 
     Raises:
-        ConfigError: the port is taken, or there are more processes on this machine than devices.
+        ConfigError: the port is taken, there are more processes on this machine than devices, or the process group
+            exists already.
     """
+    if dist.is_initialized():
+        raise ConfigError(
+            "this process has a process group already",
+            where="torch.distributed",
+            mend="a job makes its own and destroys it: call destroy_process_group() first",
+        )
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     size = world_size_from_env()
     device, backend = torch.device("cpu"), "gloo"
@@ -50,13 +58,15 @@ def init_world(timeout_seconds: int) -> World:
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     timeout = timedelta(seconds=timeout_seconds)
     try:
         if size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)
-    except dist.DistNetworkError as error:
+    except (dist.DistNetworkError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(
             f"the ranks cannot meet at {address}: {str(error).splitlines()[0]}",

@@ -9,9 +9,45 @@ Shapes: L layers with experts, E experts.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from titanmoe.models.decoder import Decoder
+
+
+class ExpertBalance:
+    """The tokens of every expert, step by step: moves the selection biases and remembers what the metrics want.
+
+    Args:
+        rate: see `update_selection_bias`; 0 leaves the biases alone.
+    """
+
+    def __init__(self, model: Decoder, rate: float) -> None:
+        self._model, self._rate = model, rate
+        self._window_LE: Tensor | None = None  # since the last logged step, on this rank
+
+    def step(self, is_logged: bool) -> tuple[Tensor, Tensor] | None:
+        """To be called once after each update, on all ranks.
+
+        Costs one all-reduce if the step is logged or biases move, else nothing; no device is waited for.
+
+        Returns:
+            For a logged step, (L, E) counts over all ranks: of this step, and of all steps since the last logged one.
+            None otherwise, and for a model without experts.
+        """
+        counts_LE = collect_expert_counts(self._model)
+        if counts_LE is None:
+            return None
+        self._window_LE = counts_LE if self._window_LE is None else self._window_LE + counts_LE
+        if not is_logged and self._rate == 0:
+            return None
+        both_2LE = torch.stack([counts_LE, self._window_LE])
+        dist.all_reduce(both_2LE)
+        update_selection_bias(self._model, both_2LE[0], self._rate)
+        if not is_logged:
+            return None
+        self._window_LE = None
+        return both_2LE[0], both_2LE[1]
 
 
 @torch.no_grad()

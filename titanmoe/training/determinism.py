@@ -6,13 +6,18 @@ import gc
 import os
 import random
 
+import numpy
 import torch
 
 
-def set_seed(seed: int, rank: int) -> None:
-    """Seed every generator of this process; different on every rank. Weights and data have generators of their own."""
-    random.seed(seed + rank)
-    torch.manual_seed(seed + rank)
+def set_seed(seed: int) -> None:
+    """Start every generator of this process, accelerators' too, from one number.
+
+    Weights and data have generators of their own.
+    """
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def set_deterministic(warn_only: bool) -> None:
@@ -27,7 +32,7 @@ class GarbageCollection:
     """Collects on every rank in the same step, instead of whenever Python feels like it: stragglers cost all ranks."""
 
     def __init__(self, every: int) -> None:
-        self._every = every
+        self._every, self._was_enabled = every, gc.isenabled()
         gc.disable()
         gc.collect()
 
@@ -36,4 +41,5 @@ class GarbageCollection:
             gc.collect(1)
 
     def close(self) -> None:
-        gc.enable()
+        if self._was_enabled:
+            gc.enable()

@@ -97,9 +97,17 @@ def _local_gradient(parameter: Tensor) -> Tensor:
 def _sum_of_squares(grads: list[Tensor], device: torch.device) -> Tensor:
     """float64 scalar. Norms of pieces are taken in float32 and only their squares added in float64."""
     pieces = [grad for grad in grads if grad.numel()]
-    if device.type == "cpu":
-        pieces = [piece for grad in pieces for piece in grad.reshape(-1).split(_CPU_BLOCK)]
     if not pieces:
         return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(pieces, 2, dtype=torch.float32)
-    return torch.stack(norms).double().square().sum()
+    if device.type == "cpu":
+        norms = torch.cat([norm for grad in pieces for norm in _norms_of_blocks(grad.reshape(-1))])
+    else:
+        norms = torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float32))
+    return norms.double().square().sum()
+
+
+def _norms_of_blocks(grad_N: Tensor) -> list[Tensor]:
+    """Float32 norms of the blocks of a gradient; a few blocks at a time, so that their float32 copies stay in cache."""
+    num_whole = grad_N.numel() // _CPU_BLOCK * _CPU_BLOCK
+    whole, rest = grad_N[:num_whole].view(-1, _CPU_BLOCK), grad_N[num_whole:].view(1, -1)
+    return [torch.linalg.vector_norm(blocks.float(), dim=1) for blocks in (*whole.split(32), rest) if blocks.numel()]

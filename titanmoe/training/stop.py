@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -17,13 +18,18 @@ class StopRequest:
     """Catches SIGTERM, SIGUSR1 and Ctrl-C until `close()`.
 
     The loop reads `requested` once per step and shares it with the other ranks, so that all of them save the same
-    step. A second Ctrl-C, a while after the first, interrupts at once.
+    step. A second Ctrl-C, a while after the first, interrupts at once: a terminal may deliver one keystroke twice.
+    Python allows handlers only in the main thread; in another one nothing is caught, and one line says so.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._when = 0.0
-        self._previous = {number: signal.signal(number, self._catch) for number in _SIGNALS}
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._catch) for number in _SIGNALS}
+        else:
+            logger.info("not in the main thread: signals do not stop this run")
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

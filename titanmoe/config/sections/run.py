@@ -111,7 +111,7 @@ class Debug:
     """Seeds and determinism."""
 
     seed: int | None = key(None, at_least=0, less_than=2**63)
-    """Seed of weights and data order. With `none`, rank 0 draws one and logs it."""
+    """Seed of weights and data order. With `none` it is 0, so that the same config gives the same run."""
 
     deterministic: bool = False
     """Use deterministic algorithms only: slower, and equal runs give equal bits."""

@@ -65,6 +65,15 @@ class Ranks:
         """As `on_each`, and returns every rank's result, in rank order."""
         return self.gather(self.on_each(action))
 
+    def share_error(self, error: Exception | None) -> None:
+        """Raise the error of the lowest rank that has one, on every rank. All must call it, once one has an error."""
+
+        def fail() -> None:
+            if error is not None:
+                raise error
+
+        self.on_each(fail)
+
     def on_first(self, action: Callable[[], Result]) -> Result:
         """Call `action` on rank 0 only and return its result, or raise its error, on every rank."""
         value, error = _attempt(action) if self.rank == 0 else (None, None)

@@ -1,0 +1,162 @@
+"""Training speed beside transformers: python -m titanmoe.benchmarks.train [--json].
+
+Both train the same model (weights written once to a Hugging Face folder) on the same batches of Python source text,
+with the same dtype, optimizer and threads; see `train_worker`. They take turns, and the ratio is the median over the
+rounds. The losses of both are printed, so that one can see that they compute the same thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from titanmoe.benchmarks.turns import Worker, ratio, summarize
+
+WORKER = "titanmoe.benchmarks.train_worker"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    options = _parse(args)
+    import torch
+
+    from titanmoe.metrics.flops import training_flops_per_token
+    from titanmoe.models.family import get_family
+
+    spec = get_family(options.family).flavor(options.flavor)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokens_per_step = options.batch * options.seq_len
+    flops = training_flops_per_token(spec, options.seq_len)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        _prepare(folder, options)
+        for dtype in options.dtype:
+            rounds = _compete(folder, dtype, device, options)
+            for system, result in rounds.items():
+                rate = tokens_per_step / result["seconds"]["median"]
+                result |= {
+                    "tokens_per_second": rate,
+                    "gflops": rate * flops / 1e9,
+                    "share_of_matmul_rate": rate * flops / 1e9 / result["matmul_gflops"],
+                }
+                results.append({"system": system, "dtype": dtype, **result})
+    report = {
+        "benchmark": "train",
+        "model": f"{options.family} {options.flavor}",
+        "batch": options.batch,
+        "seq_len": options.seq_len,
+        "threads": options.threads,
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "flops_per_token": flops,
+        "results": results,
+    }
+    print(json.dumps(report, indent=2) if options.json else _table(report))
+    return 0
+
+
+def _parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m titanmoe.benchmarks.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--family", default="qwen3")
+    parser.add_argument("--flavor", default="bench_61M", help="size of the model (61 M parameters, 32 experts)")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
+    parser.add_argument("--batch", type=int, default=2, help="sequences per step")
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each")
+    parser.add_argument("--steps", type=int, default=3, help="steps per round and contender")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", nargs="*", default=["transformers"], choices=["transformers"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="by default a GPU if there is one")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(args)
+
+
+def _prepare(folder: str, options: argparse.Namespace) -> None:
+    """Write the checkpoint and the batches that all contenders read."""
+    import torch
+    from safetensors.torch import save_file
+
+    from titanmoe.checkpoint.pretrained import save_pretrained
+    from titanmoe.data.loader import DataLoader
+    from titanmoe.data.sources import open_source
+    from titanmoe.data.tokenizer import load_tokenizer
+    from titanmoe.models.build import build_model, init_weights
+    from titanmoe.models.family import get_family
+
+    model = build_model(get_family(options.family).flavor(options.flavor), device="cpu")
+    init_weights(model, seed=0)
+    save_pretrained(model, Path(folder) / "model", tokenizer="builtin")
+    loader = DataLoader(
+        open_source("stdlib", None, "train"),
+        load_tokenizer(None),
+        seq_len=options.seq_len,
+        lanes=range(options.batch),
+        num_lanes=options.batch,
+        local_batch_size=options.batch,
+        seed=0,
+        shuffle=True,
+    )
+    batches = [next(loader) for _ in range(options.steps * (options.rounds + 1))]
+    tokens = torch.stack([torch.cat((batch.tokens_BS, batch.labels_BS[:, -1:]), dim=1) for batch in batches])
+    save_file({"tokens": tokens}, Path(folder) / "batches.safetensors")
+
+
+def _compete(folder: str, dtype: str, device: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    systems = ["titanmoe", *options.against]
+    job = {
+        "checkpoint": str(Path(folder) / "model"),
+        "batches": str(Path(folder) / "batches.safetensors"),
+        "dtype": dtype,
+        "device": device,
+        "threads": options.threads,
+        "steps": options.steps,
+    }
+    env = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
+    workers = {system: Worker(WORKER, {**job, "system": system}, env) for system in systems}
+    seconds: dict[str, list[float]] = {system: [] for system in systems}
+    losses: dict[str, list[float]] = {system: [] for system in systems}
+    try:
+        for number in range(options.rounds):
+            for system, worker in workers.items():
+                answer = worker.run()
+                seconds[system].append(min(answer["seconds"]))
+                losses[system] += answer["losses"]
+            print(f"{dtype}: round {number + 1} of {options.rounds}", file=sys.stderr)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {
+        system: {
+            "matmul_gflops": worker.info["matmul_gflops"],
+            "seconds": summarize(seconds[system]),
+            "times_titanmoe_is_faster": ratio(seconds[system], seconds["titanmoe"]),
+            "losses": losses[system],
+        }
+        for system, worker in workers.items()
+    }
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['model']}, {report['batch']} x {report['seq_len']} tokens, {report['threads']} threads, "
+        f"{report['device']}, torch {report['torch']}",
+        "",
+        f"{'dtype':10}{'system':14}{'tokens/s':>10}{'GFLOP/s':>10}{'of matmul':>11}{'titanmoe is':>13}{'last loss':>11}",
+    ]
+    for result in report["results"]:
+        faster = result["times_titanmoe_is_faster"]["median"]
+        lines.append(
+            f"{result['dtype']:10}{result['system']:14}{result['tokens_per_second']:10,.0f}{result['gflops']:10,.0f}"
+            f"{result['share_of_matmul_rate']:11.0%}{faster:12.2f}x{result['losses'][-1]:11.4f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

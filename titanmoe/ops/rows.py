@@ -1,0 +1,28 @@
+"""Cutting elementwise work on the CPU into blocks of rows that stay in cache.
+
+An elementwise chain over a large tensor writes every intermediate to memory and reads it back. On an accelerator a
+compiler fuses the chain; on the CPU, running the whole chain on a few rows at a time has the same effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BLOCK_NUMEL = 1 << 16
+"""Elements in a block: 256 KiB in float32, so that a handful of intermediates fit into a core's L2 cache."""
+
+
+def works_in_blocks(tensor: Tensor) -> bool:
+    """Whether `tensor` is on the CPU and not being traced (a compiler fuses by itself, and would unroll the loop)."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def row_blocks(x_RN: Tensor) -> Iterator[slice]:
+    """Slices of dim 0 that cover it, each of about `_BLOCK_NUMEL` elements."""
+    num_rows = x_RN.shape[0]
+    step = max(1, _BLOCK_NUMEL // max(1, x_RN.shape[1]))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
