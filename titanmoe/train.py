@@ -43,6 +43,9 @@ def main(args: Sequence[str] | None = None) -> int:
 def _train(args: Sequence[str], stop: StopRequest) -> int:
     resolved = resolve(args)
     config = resolved.config
+    # MKL, which multiplies float32 on the CPU, then gives the same bits with any number of threads, so that one process
+    # of two threads and two processes of one train the same model. It reads this when torch is imported.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     from titanmoe.metrics.terminal import configure_logging
     from titanmoe.trainer import Trainer
 

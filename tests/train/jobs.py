@@ -159,9 +159,9 @@ class Ranks:
         return Outcome([codes[rank] for rank in range(len(self.pids))], texts("out"), texts("err"))
 
 
-def train(*args: object, ranks: int = 1, before: Callable[[int], None] | None = None) -> Outcome:
-    """Run a job to its end, whatever that is."""
-    return Ranks([str(arg) for arg in args], ranks, before).wait()
+def train(*args: object, ranks: int = 1, before: Callable[[int], None] | None = None, seconds: float = 120) -> Outcome:
+    """Run a job to its end, whatever that is; longer than `seconds` is a failure."""
+    return Ranks([str(arg) for arg in args], ranks, before).wait(seconds)
 
 
 def run(
@@ -171,9 +171,12 @@ def run(
     ranks: int = 1,
     code: int = 0,
     before: Callable[[int], None] | None = None,
+    seconds: float = 120,
 ) -> Outcome:
     """Run a job that must end with `code` on every rank."""
-    outcome = train(f"--job.config_file={job}", f"--job.dump_folder={dump}", *args, ranks=ranks, before=before)
+    outcome = train(
+        f"--job.config_file={job}", f"--job.dump_folder={dump}", *args, ranks=ranks, before=before, seconds=seconds
+    )
     assert outcome.codes == [code] * ranks, outcome.told
     return outcome
 

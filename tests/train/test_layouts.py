@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.jobs import assert_close, curve, run, validations, write_job
+from tests.train.jobs import CHECKOUT, assert_close, curve, run, validations, write_job
 
 SETTINGS = {
     "aux": ("--moe.aux_loss_coeff=0.02",),
@@ -70,3 +70,13 @@ def test_the_settings_matter(tmp_path: Path) -> None:
 def test_the_loss_falls(one_process: tuple[Path, tuple, Path]) -> None:
     losses = [loss for _, loss, _ in curve(one_process[2])]
     assert losses[0] > 7.5 and losses[-1] < losses[0] - 1
+
+
+@pytest.mark.slow
+def test_the_default_job_on_two_ranks_equals_one_process_over_a_hundred_steps(tmp_path: Path) -> None:
+    """Any difference in the last bit of a gradient would be a percent of the loss by then."""
+    job = CHECKOUT / "train_configs" / "debug_qwen3_moe.toml"
+    options = ("--metrics.log_freq=1", "--validation.no_enable", "--training.steps=100")
+    run(job, tmp_path / "one", *options, seconds=600)
+    run(job, tmp_path / "two", *options, ranks=2, seconds=600)
+    assert_close(tmp_path / "two", tmp_path / "one")
