@@ -69,6 +69,18 @@ def test_layer_equals_a_loop_over_tokens(spec: MoE) -> None:
         torch.testing.assert_close(grad, reference, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("align", [1, 32])
+def test_padding_changes_nothing(align: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _layer(MoE(6, 3, 9))
+    x = torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    dy = torch.randn_like(x)
+    expected = torch.autograd.grad(layer(x), inputs, dy)
+    monkeypatch.setattr("titanmoe.models.moe.layer.row_alignment", lambda _: align)
+    for grad, reference in zip(torch.autograd.grad(layer(x), inputs, dy), expected, strict=True):
+        torch.testing.assert_close(grad, reference)
+
+
 def test_one_expert_takes_all_tokens() -> None:
     layer = _layer(MoE(5, 1, 7, Router(selection_bias=True)))
     layer.router.expert_bias = torch.tensor([0.0, 0.0, 100.0, 0.0, 0.0])

@@ -15,24 +15,29 @@ from titanmoe.ops.swiglu import swiglu
 
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("choice", ["random", "one expert", "no tokens"])
-def test_permutation_sorts_and_inverts(top_k: int, choice: str) -> None:
+@pytest.mark.parametrize("align", [1, 8])
+def test_permutation_sorts_and_inverts(top_k: int, choice: str, align: int) -> None:
     num_tokens = 0 if choice == "no tokens" else 23
     experts_TK = torch.rand(num_tokens, 7).argsort(-1)[:, :top_k]
     if choice == "one expert":
         experts_TK = torch.full_like(experts_TK, 4)
-    permutation = sort_by_expert(experts_TK, 7)
-    counts_E = permutation.num_tokens_per_expert_E()
-    assert counts_E.tolist() == experts_TK.flatten().bincount(minlength=7).tolist()
+    permutation = sort_by_expert(experts_TK, 7, align)
     assert permutation.offsets_E.dtype == torch.int32
-    expert_R = experts_TK.flatten()[permutation.slot_R]
-    assert (expert_R.diff() >= 0).all()
-    assert torch.equal(permutation.slot_R[permutation.row_TK.flatten()], torch.arange(num_tokens * top_k))
+    sizes_E = permutation.offsets_E.diff(prepend=torch.zeros(1, dtype=torch.int32))
+    counts_E = experts_TK.flatten().bincount(minlength=7)
+    assert sizes_E.tolist() == [-(-count // align) * align for count in counts_E.tolist()]
+    rows = permutation.row_TK.flatten()
+    assert torch.equal(permutation.slot_R[rows], torch.arange(num_tokens * top_k))
+    assert torch.equal(torch.searchsorted(permutation.offsets_E, rows, right=True), experts_TK.flatten())
+    padding = set(range(int(sizes_E.sum()))) - set(rows.tolist())
+    assert padding == (set() if permutation.padding_P is None else set(permutation.padding_P.tolist()))
 
 
+@pytest.mark.parametrize("align", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_permute_and_combine_are_a_gather_and_its_sum(dtype: torch.dtype) -> None:
+def test_permute_and_combine_are_a_gather_and_its_sum(dtype: torch.dtype, align: int) -> None:
     experts_TK = torch.rand(19, 6).argsort(-1)[:, :3]
-    permutation = sort_by_expert(experts_TK, 6)
+    permutation = sort_by_expert(experts_TK, 6, align)
     x_TD = torch.randn(19, 8, dtype=dtype, requires_grad=True)
     weights_TK = torch.rand(19, 3, dtype=dtype, requires_grad=True)
     rows = permute(x_TD, permutation) * permute_weights(weights_TK, permutation)[:, None]

@@ -5,8 +5,8 @@ Shape suffixes: R rows (sorted by expert), E experts, N output features, K input
 Rows of expert e are `x[offsets[e - 1] : offsets[e]]`; offsets stay on the device. FLOPs: 2 R N K forward, the same
 again for each gradient that is asked for. Bytes: the three operands once.
 
-On accelerators this is `torch.nn.functional.grouped_mm`. On CPU it is a loop over experts that writes each product in
-place: the offsets are in host memory anyway, and the loop is faster there (see `_row_blocks`).
+On accelerators this is `torch.nn.functional.grouped_mm`. On the CPU it is a loop over experts that writes each product
+in place: the offsets are in host memory anyway, and the loop is faster there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,17 @@ from torch import Tensor
 
 _ALIGNMENT_BYTES = 16
 """What `F.grouped_mm` asks of every row stride (torch 2.11 to 2.13)."""
+
+
+def row_alignment(x: Tensor) -> int:
+    """What every expert's number of rows should be a multiple of for the product to be fast; any number is correct.
+
+    On the CPU, oneDNN builds a kernel for every new shape of a bfloat16 product, and the router's counts are all
+    different: groups as they came reached 130 GFLOP/s where multiples of 32, whose kernels are soon all built, reached
+    350. float32 goes to BLAS, which has no such cost.
+    """
+    is_slow = x.device.type == "cpu" and x.dtype != torch.float32 and not torch.compiler.is_compiling()
+    return 32 if is_slow else 1
 
 
 def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
@@ -64,9 +75,8 @@ def _rows_times_weights(x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, transpos
         return F.grouped_mm(x_RA, w_EAB, offs=offsets_E)
     y_RB = x_RA.new_empty(x_RA.shape[0], w_EAB.shape[2])
     weights = w_EAB.unbind(0)
-    for expert, start, end in _groups(offsets_E):
-        for rows in _row_blocks(start, end, x_RA.dtype):
-            torch.mm(x_RA[rows], weights[expert], out=y_RB[rows])
+    for expert, rows in _groups(offsets_E):
+        torch.mm(x_RA[rows], weights[expert], out=y_RB[rows])
     return y_RB
 
 
@@ -81,15 +91,8 @@ def _rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Tensor:
     if _has_grouped_kernel(dy_RN, x_RK):
         return F.grouped_mm(dy_RN.t(), x_RK, offs=offsets_E)
     dw_ENK = x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
-    for expert, start, end in _groups(offsets_E):
-        dw_NK = dw_ENK[expert]
-        if start == end:
-            dw_NK.zero_()
-        for rows in _row_blocks(start, end, x_RK.dtype):
-            if rows.start == start:
-                torch.mm(dy_RN[rows].t(), x_RK[rows], out=dw_NK)
-            else:
-                dw_NK.addmm_(dy_RN[rows].t(), x_RK[rows])
+    for expert, rows in _groups(offsets_E):
+        torch.mm(dy_RN[rows].t(), x_RK[rows], out=dw_ENK[expert])
     return dw_ENK
 
 
@@ -111,27 +114,9 @@ def _has_grouped_kernel(*operands: Tensor) -> bool:
     )
 
 
-def _groups(offsets_E: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end row) of every expert."""
+def _groups(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert."""
     start = 0
     for expert, end in enumerate(offsets_E.tolist()):
-        yield expert, start, end
+        yield expert, slice(start, end)
         start = end
-
-
-def _row_blocks(start: int, end: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Cut a group into blocks of few different lengths.
-
-    oneDNN builds a kernel for every new shape of a bf16 product, and router counts are all different: uncut groups
-    reached 130 GFLOP/s where equal ones reached 400. Lengths here are a multiple of 256, then of 32, then the rest,
-    so that after a few steps every kernel is in its cache. float32 goes to BLAS, which has no such cost.
-    """
-    if dtype == torch.float32:
-        if end > start:
-            yield slice(start, end)
-        return
-    for length in (256, 32, 1):
-        stop = start + (end - start) // length * length
-        if stop > start:
-            yield slice(start, stop)
-        start = stop

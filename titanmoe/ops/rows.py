@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK_NUMEL = 1 << 16
+_BLOCK_NUMEL = 1 << 20
 """Elements in a block: 256 KiB in float32, so that a handful of intermediates fit into a core's L2 cache."""
 
 

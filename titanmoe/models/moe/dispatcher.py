@@ -31,8 +31,9 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Routed:
-        permutation = sort_by_expert(experts_TK, self.num_experts)
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, align: int) -> Routed:
+        """`align`: each expert's rows are padded to a multiple of this."""
+        permutation = sort_by_expert(experts_TK, self.num_experts, align)
         return Routed(permute(x_TD, permutation), permute_weights(weights_TK, permutation), permutation)
 
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:

@@ -13,6 +13,7 @@ from titanmoe.models.moe.dispatcher import LocalDispatcher
 from titanmoe.models.moe.experts import Experts
 from titanmoe.models.moe.router import Router
 from titanmoe.models.spec import MoE
+from titanmoe.ops.grouped_mm import row_alignment
 
 
 class MoELayer(nn.Module):
@@ -26,7 +27,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         weights_TK, experts_TK = self.router(x_BSD)
-        routed = self.dispatcher.dispatch(x_BSD.flatten(0, 1), weights_TK, experts_TK)
+        routed = self.dispatcher.dispatch(x_BSD.flatten(0, 1), weights_TK, experts_TK, row_alignment(x_BSD))
         y_RD = self.experts(routed.x_RD, routed.weights_R, routed.offsets_E)
         y_BSD = self.dispatcher.combine(y_RD, routed).view_as(x_BSD)
         return y_BSD if self.shared_experts is None else y_BSD + self.shared_experts(x_BSD)
