@@ -147,7 +147,7 @@ def _table(report: dict[str, Any]) -> str:
         f"{report['model']}, {report['batch']} x {report['seq_len']} tokens, {report['threads']} threads, "
         f"{report['device']}, torch {report['torch']}",
         "",
-        f"{'dtype':10}{'system':14}{'tokens/s':>10}{'GFLOP/s':>10}{'of matmul':>11}{'titanmoe is':>13}{'last loss':>11}",
+        f"{'dtype':10}{'system':14}{'tokens/s':>10}{'GFLOP/s':>10}{'of matmul':>11}{'titanmoe':>13}{'last loss':>11}",
     ]
     for result in report["results"]:
         faster = result["times_titanmoe_is_faster"]["median"]

@@ -86,10 +86,10 @@ def _titanmoe(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Step
 def _transformers(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Step:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
-    model = model.to(device).train()
+    model.to(device).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
     )

@@ -23,7 +23,7 @@ class Worker:
     """A process that builds something once, and then times it as often as it is asked."""
 
     def __init__(self, module: str, arguments: Mapping[str, Any], env: Mapping[str, str]) -> None:
-        self._messages = tempfile.TemporaryFile("w+")
+        self._messages = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process runs
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(dict(arguments))],
             stdin=subprocess.PIPE,

@@ -51,8 +51,8 @@ class _SwiGLU(torch.autograd.Function):
             dgate_RH, dup_RH = dgate_up_R2H[rows].chunk(2, dim=-1)
             dh = dh_RH[rows]
             silu_RH = F.silu(gate_RH)
-            if weights_R is not None:
-                dweights_R[rows] = (silu_RH * up_RH).mul_(dh).sum(dim=-1, dtype=weights_R.dtype)
+            if dweights_R is not None:
+                dweights_R[rows] = (silu_RH * up_RH).mul_(dh).sum(dim=-1, dtype=dweights_R.dtype)
                 dh = dh * weights_R[rows].to(dh.dtype)[:, None]
             torch.mul(dh, silu_RH, out=dup_RH)
             torch.ops.aten.silu_backward.grad_input(dh * up_RH, gate_RH, grad_input=dgate_RH)
