@@ -8,6 +8,7 @@ import tempfile
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks of one test must not fight for cores
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as the training command sets it, which tests run in-process too
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[name] = "1"  # nothing is downloaded

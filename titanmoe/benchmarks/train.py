@@ -64,7 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m titanmoe.benchmarks.train", description=__doc__.splitlines()[0])
     parser.add_argument("--family", default="qwen3")
-    parser.add_argument("--flavor", default="bench_61M", help="size of the model (61 M parameters, 32 experts)")
+    parser.add_argument("--flavor", default="bench_60M", help="size of the model (60 M parameters, 32 experts)")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--seq-len", type=int, default=1024)
