@@ -164,6 +164,13 @@ def test_torchtitans_tokenizer_and_data_are_used_where_they_exist():
     assert (resolved.config.validation.dataset, resolved.config.validation.dataset_path) == ("json", "val")
 
 
+def test_torchtitans_c4_is_never_downloaded():
+    assert resolve(["--training.dataset=c4", "--training.dataset_path=/c4"]).config.training.dataset == "json"
+    with pytest.raises(ConfigError, match="nothing is downloaded") as caught:
+        resolve(["--training.dataset=c4"])
+    assert "training.dataset_path" in caught.value.mend
+
+
 def test_keys_at_their_default_need_no_note():
     assert resolve(["--fault_tolerance.group_size=0", "--training.dataloader.no_persistent_workers"]).notes == ()
     (note,) = resolve(["--training.dataloader.persistent_workers"]).notes

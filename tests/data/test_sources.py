@@ -9,7 +9,8 @@ import pytest
 
 from titanmoe.config.errors import ConfigError
 from titanmoe.data import sources
-from titanmoe.data.sources import DocumentSource, find_files, open_source, open_stdlib, open_text
+from titanmoe.data.files import find_files
+from titanmoe.data.sources import DocumentSource, open_source, open_stdlib, open_text
 
 
 def texts(source: DocumentSource) -> list[str]:
@@ -48,18 +49,6 @@ def test_stdlib_counts_what_it_cannot_read(tmp_path: Path, monkeypatch, caplog):
     assert "skipped 2 of 42 files" in caplog.text
     with pytest.raises(ConfigError, match="not there"):
         open_stdlib("validation")
-
-
-def test_torchtitan_names(caplog, tmp_path: Path):
-    with caplog.at_level(logging.INFO, logger="titanmoe"):
-        assert open_source("c4_test", None, "train").fingerprint == open_stdlib("train").fingerprint
-        assert open_source("c4_validation", None, "validation").fingerprint == open_stdlib("validation").fingerprint
-    assert caplog.text.count("using the embedded stdlib corpus") == 2
-    with pytest.raises(ConfigError, match="nothing is downloaded"):
-        open_source("c4", None, "train")
-    (tmp_path / "data.json").write_text('{"text": "one"}\n{"text": "two"}\n')
-    for name in ("c4", "c4_test", "c4_validation"):
-        assert open_source(name, str(tmp_path), "train")[1] == "two"
 
 
 def test_names_and_paths_that_do_not_fit():

@@ -20,7 +20,7 @@ DEFAULT = "default"
 CONFIG_FILE = "job.config_file"
 
 _TORCHTITAN_TOKENIZER = "./tests/assets/tokenizer"
-_TORCHTITAN_DATASETS = ("c4_test", "c4_validation")
+_TORCHTITAN_DATASETS = ("c4", "c4_test", "c4_validation")
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,14 @@ def _replace_torchtitan_assets(settings: dict[str, _Setting]) -> list[str]:
     for section in ("training", "validation"):
         dataset = settings[f"{section}.dataset"]
         if dataset.value in _TORCHTITAN_DATASETS:
-            ours = "json" if settings[f"{section}.dataset_path"].value is not None else "stdlib"
+            has_path = settings[f"{section}.dataset_path"].value is not None
+            if dataset.value == "c4" and not has_path:
+                raise ConfigError(
+                    'the dataset "c4" is fetched from a hub by torchtitan; nothing is downloaded here',
+                    where=f"{dataset.origin}, {section}.dataset",
+                    mend=f"Set {section}.dataset_path to local files of it (JSON lines).",
+                )
+            ours = "json" if has_path else "stdlib"
             settings[f"{section}.dataset"] = dataclasses.replace(dataset, value=ours)
             notes.append(f'{section}.dataset = "{dataset.value}" ({dataset.origin}) is read as "{ours}"')
     return notes

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from titanmoe.config.errors import ConfigError
-from titanmoe.data.sources import files_digest, find_files
+from titanmoe.data.files import files_digest, find_files
 
 logger = logging.getLogger("titanmoe.data")
 

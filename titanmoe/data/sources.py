@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import bisect
-import glob
 import hashlib
 import itertools
 import logging
 import os
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
 from titanmoe.config.errors import ConfigError
+from titanmoe.data.files import files_digest, find_files
 
 logger = logging.getLogger("titanmoe.data")
 
@@ -44,9 +44,7 @@ def open_source(dataset: str, path: str | None, split: Split, text_key: str = "t
     """Open the documents that `training.dataset` or `validation.dataset` names.
 
     Args:
-        dataset: "stdlib", "text", "json" or "parquet". torchtitan's names are understood: "c4_test" and
-            "c4_validation" (its test asset, of which there is no copy here) are the embedded `stdlib`, and "c4" and
-            both of these with a path read that path as JSON.
+        dataset: "stdlib", "text", "json" or "parquet".
         path: file, directory (searched recursively) or glob; None for `stdlib`.
         split: which part of `stdlib`; other sources are what their path holds.
         text_key: the column of JSON and Parquet rows that holds the text.
@@ -55,18 +53,6 @@ def open_source(dataset: str, path: str | None, split: Split, text_key: str = "t
         ConfigError: unknown dataset, missing or superfluous path, or broken or empty files.
     """
     section = "training" if split == "train" else "validation"
-    if dataset in ("c4", "c4_test", "c4_validation"):
-        if path is not None:
-            dataset = "json"
-        elif dataset == "c4":
-            raise ConfigError(
-                "dataset 'c4' needs a path: nothing is downloaded here",
-                where=f"{section}.dataset_path",
-                mend=f"Download C4 and give its files, as in --{section}.dataset_path='c4/en/c4-train.*.json.gz'.",
-            )
-        else:
-            logger.info("dataset %s without a dataset_path: using the embedded stdlib corpus (%s)", dataset, split)
-            dataset = "stdlib"
     if dataset == "stdlib":
         if path is not None:
             raise ConfigError(
@@ -79,7 +65,7 @@ def open_source(dataset: str, path: str | None, split: Split, text_key: str = "t
         raise ConfigError(
             f"unknown dataset {dataset!r}",
             where=f"{section}.dataset",
-            mend="Known: stdlib, text, json, parquet (and c4, c4_test, c4_validation).",
+            mend="Known: stdlib, text, json, parquet.",
         )
     if path is None:
         raise ConfigError(
@@ -217,35 +203,3 @@ def _stdlib_names(root: Path) -> list[str]:
 
 def _stdlib_split(name: str) -> Split:
     return "validation" if hashlib.sha256(name.encode()).digest()[0] % 20 == 0 else "train"
-
-
-def find_files(path: str, endings: Sequence[str]) -> list[Path]:
-    """The files that `path` means, sorted: a file as it is, a directory's files of these endings, or a glob's.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    given = Path(path)
-    if given.is_file():
-        return [given]
-    listed = ", ".join(endings)
-    if given.is_dir():
-        files = sorted(file for file in given.rglob("*") if file.is_file() and file.name.endswith(tuple(endings)))
-        what, mend = "the directory holds no files of this kind", f"Files are looked up by their ending: {listed}."
-    else:
-        files = sorted(Path(name) for name in glob.glob(path, recursive=True) if os.path.isfile(name))
-        what, mend = "no such file or directory", f"Give a file, a directory or a glob ({listed}) on this machine."
-    if not files:
-        raise ConfigError(what, where=path, mend=mend)
-    return files
-
-
-def files_digest(files: Sequence[Path], extra: Iterable[str] = ()) -> str:
-    """Hash of the files' names (below their common folder) and sizes: cheap, and the same on another machine."""
-    root = os.path.commonpath([file.absolute().parent for file in files])
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{os.path.relpath(file.absolute(), root)}\0{file.stat().st_size}\0".encode())
-    for item in extra:
-        digest.update(f"{item}\0".encode())
-    return digest.hexdigest()[:16]

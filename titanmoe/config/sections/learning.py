@@ -8,7 +8,7 @@ from typing import Literal
 
 from titanmoe.config.keys import key
 
-DatasetName = Literal["stdlib", "text", "json", "parquet", "c4_test", "c4_validation"]
+DatasetName = Literal["stdlib", "text", "json", "parquet", "c4", "c4_test", "c4_validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ class Training:
 
     dataset: DatasetName = "stdlib"
     """What to train on: the embedded `stdlib` (source files of Python's standard library), or local `text`, `json`
-    (JSON lines) or `parquet` files at `training.dataset_path`. `c4_test` and `c4_validation`, torchtitan's test data,
-    mean `stdlib`, or `json` where a path is given."""
+    (JSON lines) or `parquet` files at `training.dataset_path`. torchtitan's `c4`, `c4_test` and `c4_validation` mean
+    `json` where a path is given; without one, the test data means `stdlib`, and `c4` is refused."""
 
     dataset_path: str | None = None
     """File or directory of the data. Not used with `stdlib`."""
