@@ -72,7 +72,7 @@ def save_hf(
     tokenizer_dir: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the model so that transformers and vLLM load it.
+    """Write the model so that transformers loads it.
 
     If the model is sharded, every rank must call this: each parameter is gathered on all ranks in turn, and rank 0
     writes. Beyond the model, one whole parameter is in memory. Of ranks with a whole model each, rank 0 writes.

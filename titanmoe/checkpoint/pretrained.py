@@ -82,7 +82,7 @@ def save_pretrained(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
-    """Save a model as a folder that transformers and vLLM load; if it is sharded, every rank must call this.
+    """Save a model as a folder that transformers loads; if it is sharded, every rank must call this.
 
     Args:
         dtype: float32, bfloat16 or float16; by default each parameter is written in its own.

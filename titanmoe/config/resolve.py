@@ -83,6 +83,9 @@ def resolve(args: Sequence[str] = (), file: str | None = None) -> Resolved:
     _choose_steps_or_epochs(settings)
     notes += _replace_torchtitan_assets(settings)
     notes += _name_keys_without_effect(settings, schema)
+    compiles = settings["compile.enable"].value and "model" in settings["compile.components"].value
+    if settings["compile.enable"].value and not compiles:
+        notes.append("compile.components leaves the model out: nothing is compiled, as the loss is one operation here")
     config = _build(JobConfig, "", {path: setting.value for path, setting in settings.items()}, schema)
     return Resolved(config, {path: setting.origin for path, setting in settings.items()}, tuple(notes))
 

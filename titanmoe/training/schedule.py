@@ -98,9 +98,9 @@ class LearningRate:
         )
         warmup, decay = phase_lengths(warmup_steps, total_steps, decay_ratio)
         if warmup < warmup_steps:
-            logger.warning("lr_scheduler: warmup_steps %d cut to the %d steps of the run", warmup_steps, warmup)
+            logger.info("lr_scheduler: warmup_steps %d cut to the %d steps of the run", warmup_steps, warmup)
         if decay_ratio is not None and decay < round(total_steps * decay_ratio):
-            logger.warning(
+            logger.info(
                 "lr_scheduler: decay_ratio %g means %d steps; cut to the %d that %d steps of warm-up leave of %d",
                 decay_ratio, round(total_steps * decay_ratio), decay, warmup, total_steps,
             )  # fmt: skip

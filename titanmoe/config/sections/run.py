@@ -77,7 +77,7 @@ class Metrics:
     """Folder for TensorBoard files, inside `job.dump_folder`."""
 
     save_for_all_ranks: bool = False
-    """Write TensorBoard and W&B figures on every rank instead of on rank 0 only."""
+    """Write TensorBoard files on every rank instead of on rank 0 only."""
 
     enable_wandb: bool = False
     """Also log to Weights & Biases; needs the package `wandb`."""

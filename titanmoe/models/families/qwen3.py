@@ -87,20 +87,27 @@ def _from_hf_config(config: Mapping[str, Any]) -> DecoderSpec:
     is_moe = _MOE in config["architectures"]
     _refuse_unsupported(config)
 
-    def need(*keys: str) -> Any:
+    def need(*keys: str) -> int:
         for key in keys:
-            if config.get(key) is not None:
-                return config[key]
+            value = config.get(key)
+            if value is not None:
+                if type(value) is not int or value < 1:
+                    raise ConfigError(f"{value!r} is not a positive whole number", where=f"config.json: {key}")
+                return value
         raise ConfigError(f"{' or '.join(keys)} is missing", where="config.json")
 
     dim, num_layers, num_heads = need("hidden_size"), need("num_hidden_layers"), need("num_attention_heads")
-    head_dim = config.get("head_dim") or (dim // num_heads if is_moe else 128)
+    num_kv_heads = need("num_key_value_heads")
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"{num_heads} query heads cannot be dealt to {num_kv_heads} key-value heads",
+            where="config.json: num_key_value_heads",
+        )
+    head_dim = need("head_dim") if config.get("head_dim") is not None else dim // num_heads if is_moe else 128
     rope = config.get("rope_parameters") or {}
     theta = config.get("rope_theta") or rope.get("rope_theta") or 1e4
     bias = bool(config.get("attention_bias", False))
-    attention = GroupedQuery(
-        num_heads, need("num_key_value_heads"), head_dim, Rope(head_dim, float(theta)), bias, bias, qk_norm=True
-    )
+    attention = GroupedQuery(num_heads, num_kv_heads, head_dim, Rope(head_dim, float(theta)), bias, bias, qk_norm=True)
     dense = LayerSpec(attention, Dense(need("intermediate_size")))
     layers = (dense,) * num_layers
     if is_moe:
@@ -108,6 +115,11 @@ def _from_hf_config(config: Mapping[str, Any]) -> DecoderSpec:
         experts = MoE(
             need("num_experts", "num_local_experts"), need("num_experts_per_tok"), need("moe_intermediate_size"), router
         )
+        if experts.top_k > experts.num_experts:
+            raise ConfigError(
+                f"{experts.top_k} of {experts.num_experts} experts cannot be chosen",
+                where="config.json: num_experts_per_tok",
+            )
         step, dense_layers = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
         is_sparse = [index not in dense_layers and (index + 1) % step == 0 for index in range(num_layers)]
         layers = tuple(LayerSpec(attention, experts) if sparse else dense for sparse in is_sparse)
