@@ -337,6 +337,10 @@ def _first_shard(folder: Path) -> Path:
         ),
         (
             lambda folder: _edit_json(folder / "config.json", num_hidden_layers="two"),
+            "num_hidden_layers: 'two' is not a positive whole number",
+        ),
+        (
+            lambda folder: _edit_json(folder / "config.json", rms_norm_eps="small"),
             "config.json is of the wrong kind",
         ),
         (lambda folder: _edit_json(folder / "config.json", hidden_size=None), "hidden_size is missing"),
