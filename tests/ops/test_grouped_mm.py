@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from titanmoe.ops.grouped_mm import grouped_mm
+from titanmoe.ops.grouped_mm import _has_grouped_kernel, grouped_mm
 
 COUNTS = {
     "even": [16, 16, 16, 16],
@@ -98,6 +98,25 @@ def test_compiles_without_a_graph_break() -> None:
     x_RK, w_ENK, _, offsets_E = _operands(COUNTS["odd"], torch.float32)
     compiled = torch.compile(grouped_mm, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x_RK, w_ENK, offsets_E), grouped_mm(x_RK, w_ENK, offsets_E))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_features", "expected"),
+    [
+        (torch.bfloat16, (24, 40), True),
+        (torch.bfloat16, (20, 40), False),
+        (torch.bfloat16, (24, 36), False),
+        (torch.float32, (24, 40), False),
+    ],
+)
+@pytest.mark.parametrize("num_rows", [16, 37])
+def test_which_products_a_device_kernel_takes(
+    dtype: torch.dtype, num_features: tuple[int, int], expected: bool, num_rows: int
+) -> None:
+    """Row strides must be multiples of 16 bytes; the number of rows is free."""
+    rows = torch.empty(num_rows, num_features[1], dtype=dtype, device="meta")
+    assert _has_grouped_kernel(rows, num_features) is expected
+    assert not _has_grouped_kernel(torch.empty(num_rows, num_features[1], dtype=dtype), num_features)
 
 
 @pytest.mark.gpu

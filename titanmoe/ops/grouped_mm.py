@@ -11,7 +11,7 @@ in place: the offsets are in host memory anyway, and the loop is faster there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class _GroupedProduct(torch.autograd.Function):
 def _rows_times_weights(x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, transpose: bool) -> Tensor:
     """x[r] @ w[e].T if `transpose`, else x[r] @ w[e]."""
     w_EAB = w_ENK.transpose(-2, -1) if transpose else w_ENK
-    if _has_grouped_kernel(x_RA, w_ENK):
+    if _has_grouped_kernel(x_RA, w_ENK.shape[1:]):
         return F.grouped_mm(x_RA, w_EAB, offs=offsets_E)
     y_RB = x_RA.new_empty(x_RA.shape[0], w_EAB.shape[2])
     weights = w_EAB.unbind(0)
@@ -88,7 +88,7 @@ def _(x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, transpose: bool) -> Tensor
 @torch.library.custom_op("titanmoe::rows_times_rows", mutates_args=())
 def _rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Tensor:
     """The weight gradient: dy[rows of e].T @ x[rows of e] for every expert; zero for an expert without rows."""
-    if _has_grouped_kernel(dy_RN, x_RK):
+    if _has_grouped_kernel(x_RK, (dy_RN.shape[1], x_RK.shape[1])):
         return F.grouped_mm(dy_RN.t(), x_RK, offs=offsets_E)
     dw_ENK = x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
     for expert, rows in _groups(offsets_E):
@@ -101,17 +101,10 @@ def _(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Tensor:
     return x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
 
 
-def _has_grouped_kernel(*operands: Tensor) -> bool:
-    return (
-        all(
-            operand.device.type != "cpu"
-            and operand.dtype == torch.bfloat16
-            and operand.shape[-1] * operand.element_size() % _ALIGNMENT_BYTES == 0
-            and operand.shape[-2] * operand.element_size() % _ALIGNMENT_BYTES == 0
-            for operand in operands[1:]
-        )
-        and operands[0].dtype == torch.bfloat16
-    )
+def _has_grouped_kernel(rows: Tensor, num_features: Sequence[int]) -> bool:
+    """Whether `F.grouped_mm` takes these rows, with operands of these numbers of features (their row strides)."""
+    is_supported = rows.device.type != "cpu" and rows.dtype == torch.bfloat16
+    return is_supported and all(number * rows.element_size() % _ALIGNMENT_BYTES == 0 for number in num_features)
 
 
 def _groups(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
