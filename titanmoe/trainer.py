@@ -245,7 +245,7 @@ class Trainer:
         elif checkpoint.initial_load_in_hf:
             folder = path or self.config.model.hf_assets_path
             assert folder is not None, "validated"
-            load_hf_weights(self.model, folder, self.family.rules, ignored_keys=self.family.ignored_keys)
+            load_hf_weights(self.model, folder, self.family)
         elif path is not None and checkpoint.initial_load_model_only:
             self.checkpointer.load_model(path, self.model)
         elif path is not None:

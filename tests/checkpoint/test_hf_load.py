@@ -73,7 +73,7 @@ def test_everything_that_differs_is_in_one_message_before_anything_is_read(folde
     for parameter in model.parameters():
         parameter.data.fill_(7)
     with pytest.raises(ConfigError) as caught:
-        load_hf_weights(model, folder, FAMILY.rules)
+        load_hf_weights(model, folder, FAMILY)
     message = str(caught.value)
     assert str(folder) in message
     assert f"missing in the files (2): {_GATE}, model.norm.weight" in message
@@ -144,12 +144,12 @@ def test_what_no_rule_fills(folder: Path, caplog: pytest.LogCaptureFixture) -> N
     bias = torch.arange(6.0)
     model.layers["0"].moe.router.register_buffer("expert_bias", bias)
     with caplog.at_level(logging.INFO):
-        load_hf_weights(model, folder, FAMILY.rules)
+        load_hf_weights(model, folder, FAMILY)
     assert "left as initialised: layers.0.moe.router.expert_bias" in caplog.text
     assert torch.equal(bias, torch.arange(6.0))
     model.layers["0"].moe.router.extra = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ConfigError, match=r"no file tensor .* layers.0.moe.router.extra"):
-        load_hf_weights(model, folder, FAMILY.rules)
+        load_hf_weights(model, folder, FAMILY)
 
 
 def test_progress_reaches_the_end(folder: Path) -> None:
@@ -194,7 +194,7 @@ def _load_sharded(folder: Path, layout: str) -> tuple[LoadSummary, int, dict[str
     model = build_model(spec)
     _fully_shard(model, layout)
     materialize(model, "cpu")
-    summary = load_hf_weights(model, folder, FAMILY.rules)
+    summary = load_hf_weights(model, folder, FAMILY)
     num_local = sum(parameter.to_local().numel() for parameter in model.parameters())
     whole = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
     return summary, num_local, whole, model(some_tokens()).detach()
@@ -227,7 +227,7 @@ def _load_with_one_bad_rank(folder: Path) -> str:
     _fully_shard(model, "shard0")
     materialize(model, "cpu")
     try:
-        load_hf_weights(model, folder, FAMILY.rules)
+        load_hf_weights(model, folder, FAMILY)
     except ConfigError as error:
         return str(error)
     return "loaded"
@@ -269,7 +269,7 @@ def test_loading_takes_little_memory_beyond_the_model(tmp_path: Path, dtype: tor
 
 def _write_zeros(path: Path, spec: DecoderSpec) -> None:
     shapes = {name: tensor.shape for name, tensor in build_model(spec).state_dict().items()}
-    by_file_key, _ = map_keys(FAMILY.rules, shapes)
+    by_file_key, _ = map_keys([FAMILY.rules], shapes)
     announced = [(key, torch.float32, piece.shape(shapes[name])) for key, (name, piece) in by_file_key.items()]
     writer = TensorWriter(path, announced)
     for key, dtype, shape in announced:

@@ -28,7 +28,7 @@ def test_logits_and_gradients_equal_those_of_transformers(tmp_path: Path, varian
     for result in (logits, expected):
         F.cross_entropy(result[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    by_file_key, _ = map_keys(FAMILY.rules, {name: gradient.shape for name, gradient in gradients.items()})
+    by_file_key, _ = map_keys([FAMILY.rules], {name: gradient.shape for name, gradient in gradients.items()})
     num_compared = 0
     for key, parameter in reference.named_parameters():
         # In memory, transformers stacks experts much as we do.

@@ -119,7 +119,7 @@ def test_wrapper_names_do_not_reach_the_files(tmp_path: Path) -> None:
     assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (
         tmp_path / "wrapped" / "model.safetensors"
     ).read_bytes()
-    load_hf_weights(model, tmp_path / "plain", FAMILY.rules)
+    load_hf_weights(model, tmp_path / "plain", FAMILY)
 
 
 # What cannot be written
@@ -250,7 +250,7 @@ def _load_and_save(source: Path, target: Path) -> None:
     for block in model.blocks():
         fully_shard(block)
     fully_shard(model)
-    load_hf_weights(materialize(model, "cpu"), source, FAMILY.rules)
+    load_hf_weights(materialize(model, "cpu"), source, FAMILY)
     save_pretrained(model, target, max_shard_bytes=50_000)
 
 

@@ -47,7 +47,7 @@ def test_only_whole_names_match(name: str) -> None:
 
 def test_map_keys_goes_both_ways_and_names_what_it_does_not_know() -> None:
     shapes = {"tok.weight": (7, 3), "layers.0.down": (2, 3, 5), "layers.0.expert_bias": (2,)}
-    by_file_key, unknown = map_keys(_RULES, shapes)
+    by_file_key, unknown = map_keys([_RULES], shapes)
     assert by_file_key == {
         "embed.weight": ("tok.weight", Piece("embed.weight")),
         "h.0.experts.0.down": ("layers.0.down", Piece("h.0.experts.0.down", (0,))),
@@ -58,11 +58,11 @@ def test_map_keys_goes_both_ways_and_names_what_it_does_not_know() -> None:
 
 def test_rules_that_overlap_or_leave_gaps_are_bugs() -> None:
     with pytest.raises(AssertionError, match="do not fill"):
-        map_keys(_RULES[:3], {"layers.0.gate_up": (2, 2, 5, 4)})
+        map_keys([_RULES[:3]], {"layers.0.gate_up": (2, 2, 5, 4)})
     with pytest.raises(AssertionError, match="do not fill"):
-        map_keys((*_RULES, Rule("again", "tok.weight")), {"tok.weight": (7, 3)})
+        map_keys([(*_RULES, Rule("again", "tok.weight"))], {"tok.weight": (7, 3)})
     with pytest.raises(AssertionError, match="another slice"):
-        map_keys((*_RULES, Rule("embed.weight", "output.weight")), {"tok.weight": (7, 3), "output.weight": (7, 3)})
+        map_keys([(*_RULES, Rule("embed.weight", "output.weight"))], {"tok.weight": (7, 3), "output.weight": (7, 3)})
     with pytest.raises(AssertionError, match="same placeholders"):
         Rule("h.{j}.weight", "layers.{i}.weight")
     with pytest.raises(AssertionError, match="same placeholders"):
@@ -102,7 +102,7 @@ def test_every_flavor_has_exactly_the_file_tensors_of_transformers(family_name: 
     spec = family.flavor(flavor)
     model = build_model(spec, device="meta", dtype=torch.bfloat16)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    by_file_key, unknown = map_keys(family.rules, shapes)
+    by_file_key, unknown = map_keys([family.rules], shapes)
     assert unknown == []
     ours = {key: piece.shape(shapes[name]) for key, (name, piece) in by_file_key.items()}
     config = json.loads(json.dumps(family.to_hf_config(spec, "bfloat16")))

@@ -24,7 +24,8 @@ from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing
 from titanmoe.checkpoint.safetensors_io import DTYPES, TensorInfo, TensorReader
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.decoder import Decoder
-from titanmoe.models.keys import Piece, Rule, map_keys, pieces_of
+from titanmoe.models.family import Family
+from titanmoe.models.keys import Piece, map_keys, pieces_of
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.sharding import local_box, local_tensor
 
@@ -67,9 +68,8 @@ class _Plan:
 def load_hf_weights(
     model: Decoder,
     folder: str | Path,
-    rules: Sequence[Rule],
+    family: Family,
     *,
-    ignored_keys: Sequence[str] = ("*.rotary_emb.inv_freq",),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LoadSummary:
     """Fill every parameter and persistent buffer of a materialised model from a folder of safetensors files.
@@ -81,9 +81,8 @@ def load_hf_weights(
         model: parameters may be plain tensors or DTensors. A buffer that no rule maps keeps its value (one line is
             logged): files of this family have no place for it.
         folder: holds `*.safetensors` and, if there are several, `model.safetensors.index.json`.
-        rules: the family's, from file keys to model names. If the model ties its output to the embedding, a copy of it
-            in the files is dropped, with a warning if it differs from the embedding.
-        ignored_keys: the family's patterns (fnmatch) of file keys that are dropped, with one logged line.
+        family: whose files these are. If the model ties its output to the embedding, a copy of it in the files is
+            dropped, with a warning if it differs from the embedding.
         on_progress: called after each tensor with the bytes that this rank has read and will have read.
 
     Raises:
@@ -95,28 +94,28 @@ def load_hf_weights(
     ranks = ranks_sharing(tensors.values())
     plans: list[_Plan] = []
     # Kept out of what `on_all` returns, which every rank would receive from every other.
-    ranks.on_all(lambda: plans.append(_plan(tensors, require_folder(folder), rules, model.spec, ignored_keys)))
+    ranks.on_all(lambda: plans.append(_plan(tensors, require_folder(folder), family, model.spec)))
     return ranks.on_all(lambda: _read(plans[0], tensors, folder, on_progress))[ranks.rank]
 
 
-def _plan(
-    tensors: Mapping[str, Tensor], folder: Path, rules: Sequence[Rule], spec: DecoderSpec, ignored_keys: Sequence[str]
-) -> _Plan:
+def _plan(tensors: Mapping[str, Tensor], folder: Path, family: Family, spec: DecoderSpec) -> _Plan:
     """Account for every tensor of the files and of the model."""
     infos = list_tensors(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    by_file_key, without_rule = map_keys(rules, shapes)
+    by_file_key, without_rule = map_keys(family.layouts, shapes, infos)
     if parameters := [name for name in without_rule if isinstance(tensors[name], nn.Parameter)]:
         raise ConfigError(f"no file tensor of this family can fill these parameters: {describe_keys(parameters)}")
     if without_rule:
         logger.info("Not in checkpoints of this family, left as initialised: %s", describe_keys(without_rule))
-    if ignored := {key for key in infos if key not in by_file_key and _matches(key, ignored_keys)}:
+    if ignored := {key for key in infos if key not in by_file_key and _matches(key, family.ignored_keys)}:
         logger.info("Not needed, dropped: %s", describe_keys(ignored))
 
     expected = {key: piece.shape(shapes[name]) for key, (name, piece) in by_file_key.items()}
     optional = {}
     if spec.tie_embeddings:
-        optional = {piece.file_key: shapes[_EMBEDDING] for piece in pieces_of(rules, _OUTPUT, shapes[_EMBEDDING])}
+        optional = {
+            piece.file_key: shapes[_EMBEDDING] for piece in pieces_of(family.rules, _OUTPUT, shapes[_EMBEDDING])
+        }
     _check_tensors(folder, expected, optional, {key: info for key, info in infos.items() if key not in ignored})
     return _Plan(_plan_reads(tensors, by_file_key, infos), [infos[key] for key in optional if key in infos])
 

@@ -134,7 +134,7 @@ def check_exportable(model: nn.Module, family: Family, spec: DecoderSpec) -> Non
         ConfigError: they have none for a tensor, or config.json none for the spec.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
-    if without_rule := map_keys(family.rules, shapes)[1]:
+    if without_rule := map_keys([family.rules], shapes)[1]:
         raise ConfigError(
             f"the files of family {family.name!r} have no place for {describe_keys(without_rule)}",
             mend="A model with them cannot be exported to this family's format; a training checkpoint holds them.",
@@ -151,7 +151,7 @@ def can_express(family: Family, spec: DecoderSpec) -> bool:
 def _entries(tensors: Mapping[str, Tensor], rules: Sequence[Rule], dtype: torch.dtype | None) -> list[_Entry]:
     """What to write, in order: the model's, with larger dtypes first (see TensorWriter)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    by_file_key, _ = map_keys(rules, shapes)
+    by_file_key, _ = map_keys([rules], shapes)
     for name, tensor in tensors.items():
         if (dtype or tensor.dtype) not in _SAVED_DTYPES:
             raise ConfigError(
@@ -226,7 +226,7 @@ def _stream(tensors: Mapping[str, Tensor], shards: Sequence[Sequence[_Entry]], f
             name, whole = entry.name, full_tensor(tensors[entry.name])
         if files is not None and failure is None:
             try:
-                files.write(entry, whole[entry.piece.at])
+                files.write(entry, entry.piece.in_file_order(whole[entry.piece.at]).reshape(entry.shape))
             except OSError as error:
                 files.abandon()
                 failure = error

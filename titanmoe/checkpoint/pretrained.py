@@ -8,7 +8,7 @@ import torch
 
 from titanmoe.checkpoint.hf_folder import read_hf_config
 from titanmoe.checkpoint.hf_load import load_hf_weights
-from titanmoe.checkpoint.hf_save import DEFAULT_SHARD_BYTES, can_express, save_hf
+from titanmoe.checkpoint.hf_save import DEFAULT_SHARD_BYTES, save_hf
 from titanmoe.config.errors import ConfigError
 from titanmoe.data.tokenizer import BUILTIN_TOKENIZER
 from titanmoe.models.build import build_model, materialize
@@ -69,7 +69,7 @@ def from_pretrained(
     """
     family, spec = spec_of_hf_folder(path)
     model = materialize(build_model(spec, device="meta", dtype=dtype), device)
-    load_hf_weights(model, path, family.rules, ignored_keys=family.ignored_keys)
+    load_hf_weights(model, path, family)
     return model
 
 
@@ -106,16 +106,15 @@ def save_pretrained(
 
 
 def family_of_spec(spec: DecoderSpec) -> Family:
-    """The first family whose config.json can say all of the spec.
+    """The family whose checkpoints the model's are.
 
     Raises:
-        ConfigError: none can.
+        ConfigError: the spec names none.
     """
-    for family in map(get_family, FAMILIES):
-        if can_express(family, spec):
-            return family
-    raise ConfigError(
-        "no model family's config.json can describe this model",
-        where="save_pretrained",
-        mend=f"Families: {', '.join(FAMILIES)}. Build the model from the flavor or the config.json of one of them.",
-    )
+    if not spec.family:
+        raise ConfigError(
+            "the model belongs to no family, so there is no config.json that describes it",
+            where="save_pretrained",
+            mend=f"Set `family` in its spec. Families: {', '.join(FAMILIES)}.",
+        )
+    return get_family(spec.family)

@@ -25,8 +25,11 @@ class Family:
         flavors: the sizes that `model.flavor` can name.
         from_hf_config: a parsed `config.json` -> spec; raises ConfigError for options that are not supported.
         to_hf_config: (spec, dtype name such as "bfloat16") -> what `config.json` holds.
-        rules: file tensors <-> parameters.
+        rules: file tensors <-> parameters, as the family's checkpoints are written.
+        also_reads: other layouts of some or all parameters that checkpoints come in.
         ignored_keys: patterns (fnmatch) of file tensors that carry nothing, such as recomputable buffers.
+        extra_layer_key: a file key, with {i}, that only a layer beyond the model's has (a multi-token prediction
+            layer); all tensors of such a layer are dropped.
     """
 
     name: str
@@ -35,7 +38,14 @@ class Family:
     from_hf_config: Callable[[Mapping[str, Any]], DecoderSpec]
     to_hf_config: Callable[[DecoderSpec, str], dict[str, Any]]
     rules: Sequence[Rule]
+    also_reads: Sequence[Sequence[Rule]] = ()
     ignored_keys: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    extra_layer_key: str | None = None
+
+    @property
+    def layouts(self) -> tuple[Sequence[Rule], ...]:
+        """Every layout that is read; the first is the one that is written."""
+        return (self.rules, *self.also_reads)
 
     def flavor(self, name: str) -> DecoderSpec:
         """The spec of a named size.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from titanmoe.config.errors import ConfigError
+from titanmoe.models.common_rules import DENSE, ENDS, EXPERTS, GATE, GROUPED_QUERY, NORMS, QK_NORMS, STACKED_EXPERTS
 from titanmoe.models.family import Family
-from titanmoe.models.keys import Rule
+from titanmoe.models.hf_config import HfConfig, rope_entries, window_entries
 from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
 
 _DENSE, _MOE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
@@ -34,6 +35,7 @@ def _spec(
         layers=(LayerSpec(attention, feed_forward),) * num_layers,
         tie_embeddings=tie_embeddings,
         max_seq_len=max_seq_len,
+        family="qwen3",
     )
 
 
@@ -59,106 +61,46 @@ _FLAVORS = {
     "Coder-30B-A3B": _spec(2048, 48, 32, 4, _experts(128, 8, 768), rope_theta=1e7, max_seq_len=262_144),
 }
 
-_RULES = (
-    Rule("model.embed_tokens.weight", "tok_embeddings.weight"),
-    Rule("model.layers.{i}.input_layernorm.weight", "layers.{i}.attention_norm.weight"),
-    *(
-        Rule(f"model.layers.{{i}}.self_attn.{name}", f"layers.{{i}}.attention.{name}")
-        for projection in "qkvo"
-        for name in (f"{projection}_proj.weight", f"{projection}_proj.bias")
-    ),
-    Rule("model.layers.{i}.self_attn.q_norm.weight", "layers.{i}.attention.q_norm.weight"),
-    Rule("model.layers.{i}.self_attn.k_norm.weight", "layers.{i}.attention.k_norm.weight"),
-    Rule("model.layers.{i}.post_attention_layernorm.weight", "layers.{i}.ffn_norm.weight"),
-    *(
-        Rule(f"model.layers.{{i}}.mlp.{name}_proj.weight", f"layers.{{i}}.feed_forward.{name}_proj.weight")
-        for name in ("gate", "up", "down")
-    ),
-    Rule("model.layers.{i}.mlp.gate.weight", "layers.{i}.moe.router.gate.weight"),
-    Rule("model.layers.{i}.mlp.experts.{e}.gate_proj.weight", "layers.{i}.moe.experts.gate_up", at=("e", 0)),
-    Rule("model.layers.{i}.mlp.experts.{e}.up_proj.weight", "layers.{i}.moe.experts.gate_up", at=("e", 1)),
-    Rule("model.layers.{i}.mlp.experts.{e}.down_proj.weight", "layers.{i}.moe.experts.down", at=("e",)),
-    Rule("model.norm.weight", "norm.weight"),
-    Rule("lm_head.weight", "output.weight"),
-)
+_RULES = (*ENDS, *NORMS, *GROUPED_QUERY, *QK_NORMS, *DENSE, *GATE, *EXPERTS)
 
 
-def _from_hf_config(config: Mapping[str, Any]) -> DecoderSpec:
-    is_moe = _MOE in config["architectures"]
-    _refuse_unsupported(config)
-
-    def need(*keys: str) -> int:
-        for key in keys:
-            value = config.get(key)
-            if value is not None:
-                if type(value) is not int or value < 1:
-                    raise ConfigError(f"{value!r} is not a positive whole number", where=f"config.json: {key}")
-                return value
-        raise ConfigError(f"{' or '.join(keys)} is missing", where="config.json")
-
-    dim, num_layers, num_heads = need("hidden_size"), need("num_hidden_layers"), need("num_attention_heads")
-    num_kv_heads = need("num_key_value_heads")
-    if num_heads % num_kv_heads:
-        raise ConfigError(
-            f"{num_heads} query heads cannot be dealt to {num_kv_heads} key-value heads",
-            where="config.json: num_key_value_heads",
-        )
-    head_dim = need("head_dim") if config.get("head_dim") is not None else dim // num_heads if is_moe else 128
-    rope = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta") or rope.get("rope_theta") or 1e4
-    bias = bool(config.get("attention_bias", False))
-    attention = GroupedQuery(num_heads, num_kv_heads, head_dim, Rope(head_dim, float(theta)), bias, bias, qk_norm=True)
-    dense = LayerSpec(attention, Dense(need("intermediate_size")))
-    layers = (dense,) * num_layers
+def _from_hf_config(values: Mapping[str, Any]) -> DecoderSpec:
+    is_moe = _MOE in values["architectures"]
+    config = HfConfig(values)
+    config.refuse_other_than_silu()
+    dim, num_layers = config.integer("hidden_size"), config.integer("num_hidden_layers")
+    num_heads, num_kv_heads = config.heads()
+    # transformers' defaults differ: the dense model's config has 128, the other's has none.
+    head_dim = config.integer("head_dim", default=dim // num_heads if is_moe else 128)
+    bias = config.flag("attention_bias")
+    attention = GroupedQuery(num_heads, num_kv_heads, head_dim, config.rope(head_dim), bias, bias, qk_norm=True)
+    feed_forwards: list[Dense | MoE] = [Dense(config.integer("intermediate_size"))] * num_layers
     if is_moe:
-        router = Router(score="softmax", normalize=bool(config.get("norm_topk_prob", False)))
-        experts = MoE(
-            need("num_experts", "num_local_experts"), need("num_experts_per_tok"), need("moe_intermediate_size"), router
-        )
-        if experts.top_k > experts.num_experts:
-            raise ConfigError(
-                f"{experts.top_k} of {experts.num_experts} experts cannot be chosen",
-                where="config.json: num_experts_per_tok",
-            )
-        step, dense_layers = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
-        is_sparse = [index not in dense_layers and (index + 1) % step == 0 for index in range(num_layers)]
-        layers = tuple(LayerSpec(attention, experts) if sparse else dense for sparse in is_sparse)
+        router = Router(score="softmax", normalize=config.flag("norm_topk_prob"))
+        num_experts, top_k = config.experts("num_experts", "num_local_experts")
+        experts = MoE(num_experts, top_k, config.integer("moe_intermediate_size"), router)
+        step, dense_layers = config.integer("decoder_sparse_step", default=1), config.values.get("mlp_only_layers", [])
+        for index in range(num_layers):
+            if index not in dense_layers and (index + 1) % step == 0:
+                feed_forwards[index] = experts
+    windows = config.layers_with_window(num_layers)
     return DecoderSpec(
         dim=dim,
-        vocab_size=need("vocab_size"),
-        layers=layers,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_seq_len=config.get("max_position_embeddings") or 32_768,
+        vocab_size=config.integer("vocab_size"),
+        layers=tuple(
+            LayerSpec(replace(attention, window=window), feed_forward)
+            for window, feed_forward in zip(windows, feed_forwards, strict=True)
+        ),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        tie_embeddings=config.flag("tie_word_embeddings"),
+        max_seq_len=config.integer("max_position_embeddings", default=32_768),
+        family="qwen3",
     )
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    if rope_type != "default":
-        raise ConfigError(
-            f"rope type {rope_type!r} is not supported", where="config.json: rope_scaling", mend="supported: default"
-        )
-    if config.get("use_sliding_window"):
-        raise ConfigError(
-            "sliding-window attention is not supported for qwen3", where="config.json: use_sliding_window"
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(
-            f"activation {config['hidden_act']!r} is not supported",
-            where="config.json: hidden_act",
-            mend="supported: silu",
-        )
-    if config.get("attention_dropout"):
-        raise ConfigError(
-            "attention dropout is not supported", where="config.json: attention_dropout", mend="set it to 0"
-        )
 
 
 def _to_hf_config(spec: DecoderSpec, dtype_name: str) -> dict[str, Any]:
     attention = spec.layers[0].attention
-    rope = attention.rope
+    assert isinstance(attention, GroupedQuery) and attention.rope is not None
     dense_layers = [index for index, layer in enumerate(spec.layers) if isinstance(layer.feed_forward, Dense)]
     experts = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, MoE)), None)
     dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
@@ -177,12 +119,11 @@ def _to_hf_config(spec: DecoderSpec, dtype_name: str) -> dict[str, Any]:
         "num_hidden_layers": len(spec.layers),
         "num_key_value_heads": attention.num_kv_heads,
         "rms_norm_eps": spec.norm_eps,
-        "rope_scaling": None,
-        "rope_theta": rope.theta,
+        **rope_entries(attention.rope),
         "tie_word_embeddings": spec.tie_embeddings,
         "torch_dtype": dtype_name,
         "use_cache": True,
-        "use_sliding_window": False,
+        **window_entries(spec),
         "vocab_size": spec.vocab_size,
     }
     if experts:
@@ -199,4 +140,6 @@ def _to_hf_config(spec: DecoderSpec, dtype_name: str) -> dict[str, Any]:
     return config
 
 
-FAMILY = Family("qwen3", (_DENSE, _MOE), _FLAVORS, _from_hf_config, _to_hf_config, _RULES)
+FAMILY = Family(
+    "qwen3", (_DENSE, _MOE), _FLAVORS, _from_hf_config, _to_hf_config, _RULES, also_reads=(STACKED_EXPERTS,)
+)
