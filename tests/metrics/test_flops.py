@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,14 +18,30 @@ from titanmoe.metrics.flops import (
 )
 from titanmoe.models.build import build_model, init_weights
 from titanmoe.models.families.qwen3 import FAMILY
-from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
+from titanmoe.models.spec import (
+    ClampedSwiGLU,
+    DecoderSpec,
+    Dense,
+    GroupedQuery,
+    Latent,
+    LayerSpec,
+    MoE,
+    Rope,
+    Router,
+)
 
 PLAIN = GroupedQuery(4, 2, 16, Rope(16, 1e4))
 BIASED = GroupedQuery(4, 1, 8, Rope(8, 1e4), qkv_bias=True, out_bias=True, qk_norm=True)
+SINKS = GroupedQuery(4, 4, 16, None, sinks=True, qkv_bias=True)
+LATENT = Latent(4, 20, 24, 12, 20, Rope(8, 1e4), bias=True)
+DIRECT = Latent(2, None, 24, 8, 16, Rope(8, 1e4))
 EXPERTS = MoE(8, 3, 24, Router(selection_bias=True), shared=Dense(40))
+BIASED_EXPERTS = MoE(8, 2, 24, Router(gate_bias=True), bias=True, activation=ClampedSwiGLU())
 SPECS = {
     "dense": DecoderSpec(32, 100, (LayerSpec(PLAIN, Dense(48)),) * 2),
     "tied and biased": DecoderSpec(32, 100, (LayerSpec(BIASED, Dense(48)),), tie_embeddings=True),
+    "latent": DecoderSpec(32, 100, (LayerSpec(LATENT, EXPERTS), LayerSpec(DIRECT, Dense(48)))),
+    "biased experts": DecoderSpec(32, 100, (LayerSpec(SINKS, BIASED_EXPERTS),)),
     "mixed": DecoderSpec(32, 100, (LayerSpec(PLAIN, Dense(48)), LayerSpec(BIASED, EXPERTS), LayerSpec(PLAIN, EXPERTS))),
 }
 
@@ -74,9 +92,9 @@ def test_parameters_equal_the_decoders(name):
     count = num_parameters(SPECS[name])
     assert count.total == sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
-        parameter.numel() * (EXPERTS.num_experts - EXPERTS.top_k) // EXPERTS.num_experts
-        for key, parameter in model.named_parameters()
-        if ".moe.experts." in key
+        parameter.numel() * (layer.spec.num_experts - layer.spec.top_k) // layer.spec.num_experts
+        for _, layer in model.moe_layers()
+        for parameter in layer.experts.parameters()
     )
     assert count.active == count.total - idle
 
@@ -98,6 +116,22 @@ def test_published_parameter_counts(flavor, total, active, tolerance):
     count = num_parameters(FAMILY.flavors[flavor])
     assert count.total / 1e9 == pytest.approx(total, abs=tolerance)
     assert count.active / 1e9 == pytest.approx(active, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("change", "mean_keys"),
+    [({}, 32), ({"window": 16}, 14), ({"window": 64}, 32), ({"chunk": 16}, 8), ({"chunk": 32, "window": 8}, 7)],
+)
+def test_windows_and_chunks_cost_what_they_show(change, mean_keys):
+    """2 * keys * (16 + 16) channels * 4 heads, for 64 tokens."""
+    layer = LayerSpec(replace(PLAIN, **change), Dense(48))
+    assert layer_flops(layer, 32, 64)["attention_core"] == 2 * mean_keys * 32 * 4
+
+
+def test_latent_attention_has_channels_of_two_sizes():
+    flops = layer_flops(LayerSpec(Latent(4, None, 24, 12, 10, Rope(8, 1e4)), Dense(48)), 32, 64)
+    assert flops["attention_core"] == 64 * 4 * (20 + 10)
+    assert flops["attention_projections"] == 2 * (32 * 80 + 32 * (24 + 8) + 24 * 4 * (12 + 10) + 40 * 32)
 
 
 def test_published_flops_of_qwen3_30b():

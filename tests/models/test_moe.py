@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titanmoe.models.moe.layer import MoELayer
 from titanmoe.models.moe.router import balance_loss
-from titanmoe.models.spec import Dense, MoE, Router
+from titanmoe.models.spec import ClampedSwiGLU, Dense, MoE, Router
 from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
 
 DIM = 12
@@ -32,15 +32,39 @@ def _reference(layer: MoELayer, x_BSD: Tensor) -> Tensor:
     outputs = []
     for x_D in x_BSD.flatten(0, 1):
         logits_E = layer.router.gate.weight.float() @ x_D.float()
+        if router.gate_bias:
+            logits_E = logits_E + layer.router.gate.bias.float()
         scores_E = logits_E.softmax(0) if router.score == "softmax" else logits_E.sigmoid()
         bias_E = 0 if layer.router.expert_bias is None else layer.router.expert_bias
-        chosen = (scores_E + bias_E).argsort(descending=True)[: spec.top_k]
+        ranked_E = scores_E + bias_E
+        groups = [
+            (group.topk(2).values.sum() if router.group_score == "top2" else group.max(), index)
+            for index, group in enumerate(ranked_E.chunk(router.num_groups))
+        ]
+        best = {index for _, index in sorted(groups, reverse=True)[: router.top_groups]}
+        group_size = spec.num_experts // router.num_groups
+        ranked = [int(expert) for expert in ranked_E.argsort(descending=True)]
+        chosen = torch.tensor([expert for expert in ranked if expert // group_size in best][: spec.top_k])
         weights = scores_E[chosen]
         weights = (weights / weights.sum() if router.normalize else weights) * router.scale
         y_D = torch.zeros_like(x_D)
         for weight, expert in zip(weights, chosen, strict=True):
             gate_HD, up_HD = layer.experts.gate_up[expert]
-            y_D = y_D + weight * (layer.experts.down[expert] @ (F.silu(gate_HD @ x_D) * (up_HD @ x_D)))
+            on_input, on_output = (weight, 1.0) if router.weight_on == "input" else (1.0, weight)
+            gate_H, up_H = gate_HD @ (x_D * on_input), up_HD @ (x_D * on_input)
+            if spec.bias:
+                gate_H, up_H = (
+                    gate_H + layer.experts.gate_up_bias[expert][0],
+                    up_H + layer.experts.gate_up_bias[expert][1],
+                )
+            if spec.activation is None:
+                h_H = F.silu(gate_H) * up_H
+            else:
+                limit, alpha = spec.activation.limit, spec.activation.alpha
+                gate_H, up_H = gate_H.clamp(max=limit), up_H.clamp(-limit, limit)
+                h_H = (up_H + 1) * gate_H * torch.sigmoid(alpha * gate_H)
+            down_D = layer.experts.down[expert] @ h_H
+            y_D = y_D + on_output * (down_D + layer.experts.down_bias[expert] if spec.bias else down_D)
         outputs.append(y_D)
     y_BSD = torch.stack(outputs).view_as(x_BSD)
     return y_BSD if layer.shared_experts is None else y_BSD + layer.shared_experts(x_BSD)
@@ -53,8 +77,21 @@ def _reference(layer: MoELayer, x_BSD: Tensor) -> Tensor:
         MoE(5, 1, 7, Router("sigmoid", normalize=False, scale=2.5)),
         MoE(6, 3, 9, Router("sigmoid", selection_bias=True), shared=Dense(11)),
         MoE(4, 4, 5, Router(normalize=False)),
+        MoE(12, 3, 5, Router("sigmoid", selection_bias=True, num_groups=4, top_groups=2)),
+        MoE(12, 3, 5, Router(num_groups=3, top_groups=2, group_score="max", scale=2.5)),
+        MoE(6, 2, 9, Router(gate_bias=True), bias=True, activation=ClampedSwiGLU(limit=1.5, alpha=1.7)),
+        MoE(6, 2, 9, Router("sigmoid", normalize=False, weight_on="input"), shared=Dense(11), bias=True),
     ],
-    ids=["softmax", "sigmoid top-1", "bias and shared", "all experts"],
+    ids=[
+        "softmax",
+        "sigmoid top-1",
+        "bias and shared",
+        "all experts",
+        "groups by their two best",
+        "groups by their best",
+        "clamped with biases",
+        "weight on the input",
+    ],
 )
 def test_layer_equals_a_loop_over_tokens(spec: MoE) -> None:
     layer = _layer(spec)

@@ -103,15 +103,17 @@ def test_swiglu_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(one, other)
 
 
-def test_rope_rotates_by_position_times_frequency() -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_rotates_by_position_times_frequency(interleaved: bool) -> None:
     positions = torch.tensor([[0, 1, 5], [7, 8, 0]])
-    cos, sin = rope_table(positions, 6, 100.0, torch.float64)
+    frequencies = 100.0 ** (-torch.arange(0, 6, 2) / 6)
+    cos, sin = rope_table(positions, frequencies, 1.5, torch.float64)
     x = torch.randn(2, 3, 2, 8, dtype=torch.float64)  # 6 rotated channels of 8
-    rotated = apply_rope(x, cos, sin)
+    rotated = apply_rope(x, cos, sin, interleaved)
     assert torch.equal(rotated[..., 6:], x[..., 6:])
-    as_complex = torch.complex(x[..., :3], x[..., 3:6])
-    angles = positions[..., None, None] * 100.0 ** (-torch.arange(0, 6, 2) / 6)
-    expected = as_complex * torch.polar(torch.ones_like(angles, dtype=torch.float64), angles.double())
+    partners = (x[..., 0:6:2], x[..., 1:6:2]) if interleaved else (x[..., :3], x[..., 3:6])
+    angles = positions[..., None, None] * frequencies
+    expected = torch.complex(*partners) * torch.polar(torch.full_like(angles, 1.5), angles).to(torch.complex128)
     torch.testing.assert_close(rotated[..., :3], expected.real, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(rotated[..., 3:6], expected.imag, atol=1e-6, rtol=1e-6)
 

@@ -5,19 +5,29 @@ Shape suffixes: B batch, S sequence, D model dim, N query heads, K key/value hea
 
 from __future__ import annotations
 
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from titanmoe.models.norm import RMSNorm
-from titanmoe.models.spec import GroupedQuery
+from titanmoe.models.spec import GroupedQuery, Temperature
 from titanmoe.ops.attention import causal_attention
 from titanmoe.ops.rope import apply_rope
 
+RopeTable = tuple[Tensor, Tensor]
+"""cos and sin of every token's angles, each (B, S, 1, C)."""
+
 
 class GroupedQueryAttention(nn.Module):
+    """Attributes:
+    sinks: (N,), or None; see `GroupedQuery.sinks`.
+    """
+
     def __init__(self, dim: int, spec: GroupedQuery, norm_eps: float) -> None:
         super().__init__()
         self.spec = spec
+        self.norm_eps = norm_eps
         query_dim, key_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(dim, query_dim, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(dim, key_dim, bias=spec.qkv_bias)
@@ -25,11 +35,27 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = nn.Linear(query_dim, dim, bias=spec.out_bias)
         self.q_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.empty(spec.num_heads)) if spec.sinks else None
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        heads = (*x_BSD.shape[:2], -1, self.spec.head_dim)
+    def forward(
+        self, x_BSD: Tensor, table: RopeTable | None, cu_seqlens: Tensor | None, position_ids_BS: Tensor
+    ) -> Tensor:
+        spec = self.spec
+        heads = (*x_BSD.shape[:2], -1, spec.head_dim)
         q_BSNH = self.q_norm(self.q_proj(x_BSD).view(heads))
         k_BSKH = self.k_norm(self.k_proj(x_BSD).view(heads))
         v_BSKH = self.v_proj(x_BSD).view(heads)
-        o_BSNH = causal_attention(apply_rope(q_BSNH, cos, sin), apply_rope(k_BSKH, cos, sin), v_BSKH, cu_seqlens)
+        if spec.rope is not None:
+            assert table is not None
+            q_BSNH, k_BSKH = (apply_rope(x, *table, spec.rope.interleaved) for x in (q_BSNH, k_BSKH))
+        if spec.qk_l2_norm:
+            q_BSNH, k_BSKH = (F.rms_norm(x.float(), x.shape[-1:], eps=self.norm_eps).to(x) for x in (q_BSNH, k_BSKH))
+        if spec.temperature is not None:
+            q_BSNH = (q_BSNH * _growth(spec.temperature, position_ids_BS)[..., None, None]).to(q_BSNH)
+        o_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, cu_seqlens, window=spec.window, sinks_N=self.sinks)
         return self.o_proj(o_BSNH.flatten(2))
+
+
+def _growth(temperature: Temperature, position_ids_BS: Tensor) -> Tensor:
+    lengths_BS = torch.floor((position_ids_BS.float() + 1.0) / temperature.length)
+    return torch.log1p(lengths_BS) * temperature.scale + 1.0

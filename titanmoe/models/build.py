@@ -40,7 +40,7 @@ def materialize(model: Decoder, device: torch.device | str) -> Decoder:
 
 @torch.no_grad()
 def init_weights(model: Decoder, seed: int) -> None:
-    """Fill every parameter: norms 1, biases 0, weights normal.
+    """Fill every parameter: norms 1, biases and sinks 0, weights normal.
 
     The standard deviation is 0.02, divided by sqrt(2 L) for the projections that write into the residual stream of L
     layers (Radford et al. 2019, GPT-2). A value depends only on the seed, the parameter's name and its place in the
@@ -50,7 +50,7 @@ def init_weights(model: Decoder, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.fill_(1.0)
-        elif name.endswith(".bias"):
+        elif name.endswith(("bias", "sinks")):
             parameter.zero_()
         else:
             writes_residual = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down"))

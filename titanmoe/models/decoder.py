@@ -13,11 +13,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from titanmoe.models.attention import GroupedQueryAttention
+from titanmoe.models.attention import GroupedQueryAttention, RopeTable
 from titanmoe.models.feed_forward import FeedForward
+from titanmoe.models.latent_attention import LatentAttention
 from titanmoe.models.moe.layer import MoELayer
 from titanmoe.models.norm import RMSNorm
-from titanmoe.models.spec import DecoderSpec, Dense, LayerSpec, MoE, Rope
+from titanmoe.models.rope import rope_frequencies, rope_magnitude
+from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope
+from titanmoe.ops.attention import chunk_documents
 from titanmoe.ops.rope import rope_table
 
 Head = Callable[[Tensor, Tensor], Any]
@@ -31,14 +34,21 @@ class Block(nn.Module):
         super().__init__()
         self.spec = spec
         self.attention_norm = RMSNorm(dim, norm_eps)
-        self.attention = GroupedQueryAttention(dim, spec.attention, norm_eps)
+        attention = spec.attention
+        self.attention = (
+            GroupedQueryAttention(dim, attention, norm_eps)
+            if isinstance(attention, GroupedQuery)
+            else LatentAttention(dim, attention)
+        )
         self.ffn_norm = RMSNorm(dim, norm_eps)
         feed_forward = spec.feed_forward
         self.feed_forward = FeedForward(dim, feed_forward) if isinstance(feed_forward, Dense) else None
         self.moe = MoELayer(dim, feed_forward) if isinstance(feed_forward, MoE) else None
 
-    def forward(self, x_BSD: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos, sin, cu_seqlens)
+    def forward(
+        self, x_BSD: Tensor, table: RopeTable | None, cu_seqlens: Tensor | None, position_ids_BS: Tensor
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), table, cu_seqlens, position_ids_BS)
         transform = self.feed_forward if self.moe is None else self.moe
         assert transform is not None
         return x_BSD + transform(self.ffn_norm(x_BSD))
@@ -95,9 +105,15 @@ class Decoder(nn.Module):
             position_ids = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
         x_BSD = self.tok_embeddings(tokens_BS)
         position_ids = position_ids.expand(tokens_BS.shape)
-        tables = {rope: rope_table(position_ids, rope.dim, rope.theta, x_BSD.dtype) for rope in self._ropes()}
+        tables = {rope: _rope_table(rope, position_ids, x_BSD.dtype) for rope in self._attention_kinds("rope")}
+        documents = {
+            chunk: cu_seqlens if chunk is None else chunk_documents(cu_seqlens, chunk, tokens_BS)
+            for chunk in self._attention_kinds("chunk")
+        }
         for block in self.blocks():
-            x_BSD = block(x_BSD, *tables[block.spec.attention.rope], cu_seqlens)
+            attention = block.spec.attention
+            chunk = getattr(attention, "chunk", None)
+            x_BSD = block(x_BSD, tables[attention.rope], documents[chunk], position_ids)
             if block.moe is not None:
                 block.moe.router.record()
         x_BSD = self.norm(x_BSD)
@@ -114,5 +130,13 @@ class Decoder(nn.Module):
         named_blocks = zip(self.layers, self.blocks(), strict=True)
         return [(index, block.moe) for index, block in named_blocks if block.moe is not None]
 
-    def _ropes(self) -> set[Rope]:
-        return {layer.attention.rope for layer in self.spec.layers}
+    def _attention_kinds(self, name: str) -> set[Any]:
+        """Every value that a field of the layers' attention has; None for a kind of attention without it."""
+        return {getattr(layer.attention, name, None) for layer in self.spec.layers}
+
+
+def _rope_table(rope: Rope | None, position_ids_BS: Tensor, dtype: torch.dtype) -> RopeTable | None:
+    if rope is None:
+        return None
+    frequencies_F = rope_frequencies(rope, position_ids_BS.device)
+    return rope_table(position_ids_BS, frequencies_F, rope_magnitude(rope), dtype)

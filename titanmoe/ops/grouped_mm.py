@@ -75,7 +75,7 @@ def _rows_times_weights(x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, transpos
         return F.grouped_mm(x_RA, w_EAB, offs=offsets_E)
     y_RB = x_RA.new_empty(x_RA.shape[0], w_EAB.shape[2])
     weights = w_EAB.unbind(0)
-    for expert, rows in _groups(offsets_E):
+    for expert, rows in expert_rows(offsets_E):
         torch.mm(x_RA[rows], weights[expert], out=y_RB[rows])
     return y_RB
 
@@ -91,7 +91,7 @@ def _rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor) -> Tensor:
     if _has_grouped_kernel(x_RK, (dy_RN.shape[1], x_RK.shape[1])):
         return F.grouped_mm(dy_RN.t(), x_RK, offs=offsets_E)
     dw_ENK = x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
-    for expert, rows in _groups(offsets_E):
+    for expert, rows in expert_rows(offsets_E):
         torch.mm(dy_RN[rows].t(), x_RK[rows], out=dw_ENK[expert])
     return dw_ENK
 
@@ -107,8 +107,8 @@ def _has_grouped_kernel(rows: Tensor, num_features: Sequence[int]) -> bool:
     return is_supported and all(number * rows.element_size() % _ALIGNMENT_BYTES == 0 for number in num_features)
 
 
-def _groups(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert."""
+def expert_rows(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert; waits for the device."""
     start = 0
     for expert, end in enumerate(offsets_E.tolist()):
         yield expert, slice(start, end)

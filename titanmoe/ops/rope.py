@@ -1,6 +1,6 @@
-"""Rotary position embedding, half-split convention (channel i rotates with channel i + dim / 2).
+"""Rotary position embedding: tables of angles, and their application.
 
-Shape suffixes: B batch, S sequence, N heads, H head dim, C = rotated channels.
+Shape suffixes: B batch, S sequence, N heads, H head dim, C = rotated channels, F = C / 2 frequencies.
 """
 
 from __future__ import annotations
@@ -9,18 +9,25 @@ import torch
 from torch import Tensor
 
 
-def rope_table(position_ids_BS: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, each (B, S, 1, C) with C = dim: computed in float32, given in `dtype`."""
-    channels = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids_BS.device)
-    frequencies = 1.0 / theta ** (channels / dim)
-    angles_BSC = (position_ids_BS[..., None].float() * frequencies).repeat(1, 1, 2)[:, :, None]
-    return angles_BSC.cos().to(dtype), angles_BSC.sin().to(dtype)
+def rope_table(
+    position_ids_BS: Tensor, frequencies_F: Tensor, magnitude: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles times `magnitude`, each (B, S, 1, C): computed in float32."""
+    angles_BSC = (position_ids_BS[..., None].float() * frequencies_F).repeat(1, 1, 2)[:, :, None]
+    return (angles_BSC.cos() * magnitude).to(dtype), (angles_BSC.sin() * magnitude).to(dtype)
 
 
-def apply_rope(x_BSNH: Tensor, cos_BS1C: Tensor, sin_BS1C: Tensor) -> Tensor:
-    """Rotate the first C channels of every head; the others pass through."""
+def apply_rope(x_BSNH: Tensor, cos_BS1C: Tensor, sin_BS1C: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate the first C channels of every head; the others pass through.
+
+    Channel i rotates with channel i + C / 2. If `interleaved`, channel 2i rotates with 2i + 1, and the rotated
+    channels come out with all first partners before all second ones: queries and keys that are treated alike have the
+    same products in any order.
+    """
     dim = cos_BS1C.shape[-1]
     rotated, rest = x_BSNH[..., :dim], x_BSNH[..., dim:]
+    if interleaved:
+        rotated = torch.cat((rotated[..., 0::2], rotated[..., 1::2]), dim=-1)
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos_BS1C + torch.cat((-second, first), dim=-1) * sin_BS1C
     return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)

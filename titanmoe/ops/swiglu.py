@@ -34,7 +34,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up_R2H: Tensor, weights_R: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_R2H, weights_R)
         h_RH = gate_up_R2H.new_empty(gate_up_R2H.shape[0], gate_up_R2H.shape[1] // 2)
-        for rows in _blocks(gate_up_R2H):
+        for rows in gate_up_blocks(gate_up_R2H):
             gate_RH, up_RH = gate_up_R2H[rows].chunk(2, dim=-1)
             product = torch.mul(F.silu(gate_RH), up_RH, out=h_RH[rows])
             if weights_R is not None:
@@ -46,7 +46,7 @@ class _SwiGLU(torch.autograd.Function):
         gate_up_R2H, weights_R = ctx.saved_tensors
         dgate_up_R2H = torch.empty_like(gate_up_R2H)
         dweights_R = None if weights_R is None else torch.empty_like(weights_R)
-        for rows in _blocks(gate_up_R2H):
+        for rows in gate_up_blocks(gate_up_R2H):
             gate_RH, up_RH = gate_up_R2H[rows].chunk(2, dim=-1)
             dgate_RH, dup_RH = dgate_up_R2H[rows].chunk(2, dim=-1)
             dh = dh_RH[rows]
@@ -59,5 +59,6 @@ class _SwiGLU(torch.autograd.Function):
         return dgate_up_R2H, dweights_R
 
 
-def _blocks(gate_up_R2H: Tensor) -> list[slice]:
+def gate_up_blocks(gate_up_R2H: Tensor) -> list[slice]:
+    """Slices of rows to work on in turn: several on the CPU, one elsewhere."""
     return list(row_blocks(gate_up_R2H)) if works_in_blocks(gate_up_R2H) else [slice(0, gate_up_R2H.shape[0])]

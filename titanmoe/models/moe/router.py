@@ -1,6 +1,7 @@
 """The router: which experts a token goes to, and with what weight.
 
-Shape suffixes: B batch, S sequence, T = B * S tokens, D model dim, E experts, K experts per token.
+Shape suffixes: B batch, S sequence, T = B * S tokens, D model dim, E experts, K experts per token,
+G groups of experts.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Router(nn.Module):
     def __init__(self, dim: int, spec: MoE) -> None:
         super().__init__()
         self.spec = spec
-        self.gate = nn.Linear(dim, spec.num_experts, bias=False)
+        self.gate = nn.Linear(dim, spec.num_experts, bias=spec.router.gate_bias)
         bias_E = torch.zeros(spec.num_experts, dtype=torch.float32) if spec.router.selection_bias else None
         counts_E = torch.zeros(spec.num_experts, dtype=torch.int64)
         self.register_buffer("expert_bias", bias_E)
@@ -46,7 +47,8 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights_TK (float32) and experts_TK (int64)."""
         num_experts, router = self.spec.num_experts, self.spec.router
-        logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.gate.weight.float())
+        bias_E = None if self.gate.bias is None else self.gate.bias.float()
+        logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.gate.weight.float(), bias_E)
         scores_TE = logits_TE.softmax(dim=-1) if router.score == "softmax" else logits_TE.sigmoid()
         experts_TK = self._choose(scores_TE.detach())
         weights_TK = scores_TE.gather(1, experts_TK)
@@ -70,7 +72,18 @@ class Router(nn.Module):
             return (slots % num_experts).view(num_tokens, self.spec.top_k)
         if self.expert_bias is not None:
             scores_TE = scores_TE + self.expert_bias
+        if self.spec.router.top_groups < self.spec.router.num_groups:
+            scores_TE = self._within_best_groups(scores_TE)
         return torch.topk(scores_TE, self.spec.top_k, dim=-1, sorted=False).indices
+
+    def _within_best_groups(self, scores_TE: Tensor) -> Tensor:
+        """Scores with those of experts outside a token's best groups at -inf (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+        router = self.spec.router
+        scores_TGE = scores_TE.unflatten(1, (router.num_groups, -1))
+        of_group_TG = scores_TGE.topk(2 if router.group_score == "top2" else 1, dim=-1).values.sum(dim=-1)
+        best_TG = of_group_TG.topk(router.top_groups, dim=-1, sorted=False).indices
+        is_outside_TG = torch.ones_like(of_group_TG, dtype=torch.bool).scatter_(1, best_TG, False)
+        return scores_TGE.masked_fill(is_outside_TG[..., None], float("-inf")).flatten(1)
 
     def record(self) -> None:
         """Add the last forward's counts. Called outside what is recomputed, so that nothing is counted twice."""
