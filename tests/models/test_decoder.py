@@ -8,16 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.parallel.test_layouts import SPEC
+from tests.models.kinds import KINDS
 from tests.ranks import run_ranks
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.family import get_family
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 
+SPEC = KINDS["grouped-query"]
 
-def test_documents_do_not_see_each_other() -> None:
-    model = build_model(SPEC, device="cpu")
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_do_not_see_each_other(kind: str) -> None:
+    model = build_model(KINDS[kind], device="cpu")
     init_weights(model, 0)
     tokens = torch.randint(97, (2, 20))
     boundaries = [0, 6, 20, 33, 40]
@@ -26,6 +29,24 @@ def test_documents_do_not_see_each_other() -> None:
     for start, end in itertools.pairwise(boundaries):
         alone = model(tokens.flatten()[None, start:end])[0]
         torch.testing.assert_close(packed.flatten(0, 1)[start:end], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_blocks_compute_the_same(kind: str) -> None:
+    model, compiled = (build_model(KINDS[kind], device="cpu") for _ in range(2))
+    tokens = torch.randint(97, (2, 20))
+    for each in (model, compiled):
+        init_weights(each, 0)
+    for block in compiled.layers.values():
+        block.compile(backend="aot_eager")
+    logits, others = model(tokens), compiled(tokens)
+    torch.testing.assert_close(others, logits, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(logits)
+    (logits * weight).sum().backward()
+    (others * weight).sum().backward()
+    for (name, parameter), other in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        error = (parameter.grad - other.grad).abs().max() / parameter.grad.abs().max()
+        assert error < 1e-4, f"{name}: {error:.2e}"
 
 
 @pytest.mark.parametrize("tied", [False, True])

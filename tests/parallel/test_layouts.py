@@ -11,22 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tests.models.kinds import KINDS
 from tests.ranks import run_ranks
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
-from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
+from titanmoe.models.spec import DecoderSpec
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 
-_ATTENTION = GroupedQuery(4, 2, 12, Rope(12, 1e4), qk_norm=True)
-SPEC = DecoderSpec(
-    dim=40,
-    vocab_size=97,  # odd, so that shards are uneven
-    layers=(
-        LayerSpec(_ATTENTION, Dense(56)),
-        LayerSpec(_ATTENTION, MoE(6, 2, 24, Router(normalize=True), shared=Dense(16))),
-    ),
-)
+SPEC = KINDS["grouped-query"]
 GLOBAL_BATCH, SEQ_LEN = 4, 33
 
 
@@ -91,8 +84,17 @@ def _on_rank(
 )
 def test_layout_equals_one_process(tied: bool, dp_replicate: int, dp_shard: int, mode: str, reshard: str) -> None:
     spec = replace(SPEC, tie_embeddings=tied)
+    _compare(spec, run_ranks(_on_rank, dp_replicate * dp_shard, spec, dp_replicate, dp_shard, mode, reshard))
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "grouped-query"])
+def test_every_kind_of_layer_shards_and_recomputes(kind: str, mode: str) -> None:
+    _compare(KINDS[kind], run_ranks(_on_rank, 2, KINDS[kind], 1, 2, mode, "always"))
+
+
+def _compare(spec: DecoderSpec, results: list[tuple[float, dict[str, Tensor]]]) -> None:
     loss, grads = _reference(spec)
-    results = run_ranks(_on_rank, dp_replicate * dp_shard, spec, dp_replicate, dp_shard, mode, reshard)
     for rank_loss, rank_grads in results:
         assert rank_loss == pytest.approx(loss, rel=1e-6)
         assert rank_grads.keys() == grads.keys()

@@ -15,9 +15,9 @@ from titanmoe.ops.rows import works_in_blocks
 
 
 def add_expert_bias(y_RN: Tensor, bias_EN: Tensor, offsets_E: Tensor, weights_R: Tensor | None = None) -> Tensor:
-    """y[r] + bias[e(r)], or y[r] + weight[r] * bias[e(r)]; overwrites `y_RN`, which no one else may need.
+    """y[r] + bias[e(r)], or y[r] + weight[r] * bias[e(r)]; the gradient of the bias is summed in float32.
 
-    The gradient of the bias is summed in float32. Bytes: 2 R N forward and R N backward.
+    Bytes: 2 R N forward and R N backward.
 
     Args:
         offsets_E: int32, the end of each expert's rows; see `grouped_mm`.
@@ -32,17 +32,17 @@ class _AddExpertBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_RN: Tensor, bias_EN: Tensor, offsets_E: Tensor, weights_R: Tensor | None) -> Tensor:
         ctx.save_for_backward(bias_EN, offsets_E, weights_R)
-        ctx.mark_dirty(y_RN)
         weights = None if weights_R is None else weights_R.to(y_RN.dtype)
         if works_in_blocks(y_RN):
+            out_RN = torch.empty_like(y_RN)
             for expert, rows in expert_rows(offsets_E):
                 if weights is None:
-                    y_RN[rows] += bias_EN[expert]
+                    torch.add(y_RN[rows], bias_EN[expert], out=out_RN[rows])
                 else:
-                    y_RN[rows].addr_(weights[rows], bias_EN[expert])
-            return y_RN
+                    torch.addr(y_RN[rows], weights[rows], bias_EN[expert], out=out_RN[rows])
+            return out_RN
         rows_RN = bias_EN[_experts_of_rows(y_RN, offsets_E)]
-        return y_RN.add_(rows_RN if weights is None else rows_RN * weights[:, None])
+        return y_RN + (rows_RN if weights is None else rows_RN * weights[:, None])
 
     @staticmethod
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:

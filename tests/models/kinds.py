@@ -1,0 +1,44 @@
+"""Small Decoders of every kind of layer, for tests that hold whatever the layers are."""
+
+from __future__ import annotations
+
+from titanmoe.models.spec import (
+    ClampedSwiGLU,
+    DecoderSpec,
+    Dense,
+    GroupedQuery,
+    Latent,
+    LayerSpec,
+    MoE,
+    Rope,
+    Router,
+    Temperature,
+    YarnScaling,
+)
+
+_ROPE = Rope(12, 1e4)
+_PLAIN = GroupedQuery(4, 2, 12, _ROPE, qk_norm=True)
+_SINKS = GroupedQuery(4, 2, 16, Rope(16, 1e4), qkv_bias=True, out_bias=True, sinks=True)
+_WINDOW = GroupedQuery(4, 2, 16, Rope(16, 1e4), qkv_bias=True, out_bias=True, sinks=True, window=5)
+_CHUNKS = GroupedQuery(4, 2, 12, Rope(12, 1e4, interleaved=True), qk_l2_norm=True, chunk=6)
+_NO_ROPE = GroupedQuery(4, 2, 12, None, temperature=Temperature(4, 0.3))
+_LATENT_ROPE = Rope(8, 1e4, YarnScaling(4.0, 16, mscale=1.0, mscale_all_dim=0.8), interleaved=True)
+_LATENT = Latent(4, 20, 24, 10, 14, _LATENT_ROPE)
+_DIRECT = Latent(4, None, 24, 10, 18, _LATENT_ROPE)
+_GROUPS = MoE(12, 3, 24, Router("sigmoid", selection_bias=True, num_groups=4, top_groups=2), shared=Dense(16))
+_BIASED = MoE(6, 2, 24, Router(gate_bias=True), bias=True, activation=ClampedSwiGLU(limit=0.5))
+_ON_INPUT = MoE(6, 1, 24, Router("sigmoid", normalize=False, weight_on="input"), shared=Dense(24))
+
+
+def _spec(*layers: LayerSpec) -> DecoderSpec:
+    return DecoderSpec(dim=40, vocab_size=97, layers=layers)  # odd, so that shards are uneven
+
+
+KINDS = {
+    "grouped-query": _spec(
+        LayerSpec(_PLAIN, Dense(56)), LayerSpec(_PLAIN, MoE(6, 2, 24, Router(normalize=True), shared=Dense(16)))
+    ),
+    "latent": _spec(LayerSpec(_LATENT, Dense(56)), LayerSpec(_DIRECT, _GROUPS)),
+    "sinks and windows": _spec(LayerSpec(_WINDOW, _BIASED), LayerSpec(_SINKS, _BIASED)),
+    "chunks and temperature": _spec(LayerSpec(_CHUNKS, _ON_INPUT), LayerSpec(_NO_ROPE, Dense(56))),
+}
