@@ -34,7 +34,7 @@ class Checkpoint:
     initial_load_in_hf: bool = False
     """Begin with safetensors in Hugging Face layout, from `initial_load_path` or else from `model.hf_assets_path`."""
 
-    initial_load_in_hf_quantized: bool = key(False, later="beginning with quantised Hugging Face weights")
+    initial_load_in_hf_quantized: bool = key(False, inert="whether weights are quantised is read from config.json")
     """The safetensors to begin with are quantised."""
 
     last_save_model_only: bool = False
