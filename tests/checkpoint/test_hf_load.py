@@ -79,14 +79,14 @@ def test_everything_that_differs_is_in_one_message_before_anything_is_read(folde
     assert f"missing in the files (2): {_GATE}, model.norm.weight" in message
     assert "unknown in the files (1): model.layers.2.input_layernorm.weight" in message
     assert "shape mismatch (1): lm_head.weight: found [96, 48], expected [97, 48]" in message
-    assert "dtype I8 not supported yet (1): model.layers.0.self_attn.q_proj.weight" in message
+    assert "dtype I8 not supported (1): model.layers.0.self_attn.q_proj.weight" in message
     assert all((parameter == 7).all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool])
 def test_dtypes_that_are_no_weights_of_ours(folder: Path, dtype: torch.dtype) -> None:
     _rewrite(folder, {**read_all(folder), _GATE: torch.zeros(40, 48).to(dtype)})
-    with pytest.raises(ConfigError, match=rf"not supported yet \(1\): {_GATE}"):
+    with pytest.raises(ConfigError, match=rf"not supported \(1\): {_GATE}"):
         from_pretrained(folder)
 
 
@@ -158,7 +158,7 @@ def test_progress_reaches_the_end(folder: Path) -> None:
     summary = load_hf_weights(
         materialize(build_model(spec), "cpu"),
         folder,
-        FAMILY.rules,
+        FAMILY,
         on_progress=lambda done, total: seen.append((done, total)),
     )
     assert len(seen) == summary.num_tensors == len(read_all(folder))
@@ -263,8 +263,8 @@ def test_loading_takes_little_memory_beyond_the_model(tmp_path: Path, dtype: tor
     assert (tmp_path / "model.safetensors").stat().st_size > 300e6
     ((model_mib, beyond_mib),) = run_ranks(_peak_while_loading, 1, tmp_path, dtype)
     assert model_mib > 140
-    # 16 MiB of staging and the interpreter's own growth. A stacked parameter would be 90 MiB, the file 300.
-    assert beyond_mib < 45
+    # Four threads that stage 4 MiB each and what their allocators keep. A stacked parameter is 90 MiB, the file 300.
+    assert beyond_mib < 75
 
 
 def _write_zeros(path: Path, spec: DecoderSpec) -> None:
@@ -358,7 +358,7 @@ def test_a_quantised_checkpoint_is_refused_by_the_weights_reader_too(folder: Pat
     _, spec = spec_of_hf_folder(folder)
     _edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
     with pytest.raises(ConfigError, match="quantised"):
-        load_hf_weights(materialize(build_model(spec), "cpu"), folder, FAMILY.rules)
+        load_hf_weights(materialize(build_model(spec), "cpu"), folder, FAMILY)
 
 
 def test_a_hub_name_is_not_downloaded() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from math import prod
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from titanmoe.models.build import build_model
-from titanmoe.models.family import FAMILIES, get_family
+from titanmoe.models.family import FAMILIES, Family, family_of_hf_config, get_family
 from titanmoe.models.keys import Piece, Rule, map_keys, pieces_of
 
 _RULES = (
@@ -69,43 +71,68 @@ def test_rules_that_overlap_or_leave_gaps_are_bugs() -> None:
         Rule("h.{i}.weight", "layers.{i}.weight", at=("e",))
 
 
-def _file_shapes_of_transformers(config: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes as transformers saves them, from its own model on the meta device."""
+def _transformers_model(config: dict[str, Any], folder: Path) -> nn.Module:
+    """The model that transformers builds from this config.json, on the meta device."""
     import transformers
 
-    kind = transformers.AutoConfig.for_model(**{key: value for key, value in config.items() if key != "architectures"})
+    (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(kind)
-    shapes = {}
-    for key, tensor in model.state_dict().items():
-        shape = tuple(tensor.shape)
-        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            # Stacked in its memory; one tensor per expert, and gate and up apart, in its files.
-            prefix, _, name = key.rpartition(".")
-            parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
-            for expert in range(shape[0]):
-                for part in parts:
-                    shapes[f"{prefix}.{expert}.{part}.weight"] = (shape[1] // len(parts), *shape[2:])
-        else:
-            shapes[key] = shape
-    if config["tie_word_embeddings"]:
-        del shapes["lm_head.weight"]
-    return shapes
+        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
 
 
-_FLAVORS = [(family, flavor) for family in FAMILIES for flavor in get_family(family).flavors]
+def _file_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that transformers writes of its model."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = model.state_dict()
+    for name in getattr(model, "all_tied_weights_keys", {}):
+        del tensors[name]
+    return {key: tuple(tensor.shape) for key, tensor in revert_weight_conversion(model, tensors).items()}
 
 
-@pytest.mark.parametrize(("family_name", "flavor"), _FLAVORS)
-def test_every_flavor_has_exactly_the_file_tensors_of_transformers(family_name: str, flavor: str) -> None:
-    family = get_family(family_name)
+# Names that mean the same model are tested once.
+_FLAVORS = list(
+    {
+        spec: (family, flavor)
+        for family in reversed(FAMILIES)
+        for flavor, spec in reversed(get_family(family).flavors.items())
+    }.values()
+)[::-1]
+
+
+def check_file_tensors(family: Family, flavor: str, folder: Path) -> None:
+    """A flavor's parameters are the tensors that transformers writes of the model of its config.json."""
     spec = family.flavor(flavor)
+    config = json.loads(json.dumps(family.to_hf_config(spec, "bfloat16")))
+    assert family_of_hf_config(config) is family
+    assert family.from_hf_config(config) == spec
+
     model = build_model(spec, device="meta", dtype=torch.bfloat16)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     by_file_key, unknown = map_keys([family.rules], shapes)
     assert unknown == []
-    ours = {key: piece.shape(shapes[name]) for key, (name, piece) in by_file_key.items()}
-    config = json.loads(json.dumps(family.to_hf_config(spec, "bfloat16")))
-    assert ours == _file_shapes_of_transformers(config)
-    assert sum(map(prod, ours.values())) == sum(parameter.numel() for parameter in model.parameters())
-    assert family.from_hf_config(config) == spec
+    theirs = _transformers_model(config, folder)
+    assert {key: piece.shape(shapes[name]) for key, (name, piece) in by_file_key.items()} == _file_shapes(theirs)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+@pytest.mark.parametrize(("family_name", "flavor"), _FLAVORS)
+def test_every_flavor_has_exactly_the_file_tensors_of_transformers(
+    family_name: str, flavor: str, tmp_path: Path
+) -> None:
+    check_file_tensors(get_family(family_name), flavor, tmp_path)
+
+
+@pytest.mark.parametrize(("family_name", "flavor"), _FLAVORS)
+def test_every_layout_that_is_read_has_a_place_for_every_value(family_name: str, flavor: str) -> None:
+    """A layout fills whole parameters, and beside the first layout each of its file tensors keeps its meaning."""
+    family = get_family(family_name)
+    model = build_model(family.flavor(flavor), device="meta")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for rules in family.also_reads:
+        known = {name: shape for name, shape in shapes.items() if pieces_of(rules, name, shape)}
+        by_file_key, unknown = map_keys([rules], known)
+        assert not unknown
+        present = map_keys([rules, family.rules], shapes, by_file_key)[0]
+        assert by_file_key.items() <= present.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +52,13 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     """The folder's config.json.
 
     Raises:
-        ConfigError: no folder, no config.json, not a JSON object, or the config of a quantised checkpoint.
+        ConfigError: no folder, no config.json, or not a JSON object.
     """
     folder = require_folder(path)
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise ConfigError(f"the folder has no {CONFIG_NAME}", where=str(folder), mend=_only_contains(folder))
-    config = _read_json_object(file)
-    if config.get("quantization_config"):
-        method = config["quantization_config"]
-        method = method.get("quant_method", "unnamed") if isinstance(method, Mapping) else method
-        raise ConfigError(
-            f"the checkpoint is quantised (quantization_config: {method}); quantised checkpoints are not supported yet",
-            where=str(file),
-            mend="Use the bfloat16 release of the same model.",
-        )
-    return config
+    return _read_json_object(file)
 
 
 def list_tensors(path: str | Path) -> dict[str, TensorInfo]:
@@ -75,11 +66,9 @@ def list_tensors(path: str | Path) -> dict[str, TensorInfo]:
 
     Raises:
         ConfigError: no weights, weights in pickle format only, a file that the index names is missing or damaged, a
-            file and the index disagree, a quantised checkpoint.
+            file and the index disagree.
     """
     folder = require_folder(path)
-    if (folder / CONFIG_NAME).is_file():
-        read_hf_config(folder)
     index_file = folder / INDEX_NAME
     if index_file.is_file():
         return _list_sharded(folder, index_file)

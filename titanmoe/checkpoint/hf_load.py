@@ -1,43 +1,49 @@
-"""Filling a model from safetensors files in Hugging Face layout, slice by slice.
+"""Filling a model from safetensors files in Hugging Face layout, region by region.
 
 Two passes. The first looks at names, shapes and dtypes only (the index and the files' headers) and accounts for every
 file tensor and every model tensor, so that a wrong checkpoint is refused before anything is read. The second goes
-through the files in the order of their bytes and reads what this rank holds, straight into it.
+through the files in the order of their bytes and reads what this rank holds, straight into it where the file has the
+same values in the same order.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from titanmoe.checkpoint.fill import Region, fill
 from titanmoe.checkpoint.hf_folder import describe_keys, list_tensors, require_folder
 from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing
-from titanmoe.checkpoint.safetensors_io import DTYPES, TensorInfo, TensorReader
+from titanmoe.checkpoint.progress import log_progress
+from titanmoe.checkpoint.quantization import read_quantization
+from titanmoe.checkpoint.row_source import Files, PlainSource, RowSource
+from titanmoe.checkpoint.safetensors_io import DTYPES, TensorInfo
+from titanmoe.checkpoint.sources import sources_of
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.family import Family
-from titanmoe.models.keys import Piece, map_keys, pieces_of
+from titanmoe.models.keys import Piece, Rule, map_keys, pieces_of
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.sharding import local_box, local_tensor
 
 logger = logging.getLogger("titanmoe.checkpoint")
 
 _EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
 class LoadSummary:
-    """What one rank read: file tensors (or regions of them), and bytes of files, whole rows included."""
+    """What one rank read: file tensors (or regions of them), and bytes of files, whole rows and scales included."""
 
     num_tensors: int
     bytes_read: int
@@ -45,24 +51,11 @@ class LoadSummary:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """Fill `into`, a view of the model's memory, from the region of a file tensor that begins at `offset`."""
-
-    info: TensorInfo
-    into: Tensor
-    offset: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.into.numel() * DTYPES[self.info.dtype].itemsize
-
-
-@dataclass(frozen=True)
 class _Plan:
-    """What this rank reads, in the order of the bytes, and copies of the embedding that it compares with its own."""
+    """What this rank reads, and copies of the embedding that it compares with its own."""
 
-    reads: list[_Read]
-    tied_copies: list[TensorInfo]
+    regions: list[Region]
+    tied_copies: list[tuple[str, RowSource, Piece]]
 
 
 def load_hf_weights(
@@ -74,16 +67,17 @@ def load_hf_weights(
 ) -> LoadSummary:
     """Fill every parameter and persistent buffer of a materialised model from a folder of safetensors files.
 
-    Each rank reads only what it holds, converting dtypes on the way. Beyond the model, at most one file tensor (or
-    16 MiB of it) is in memory. If the model is sharded, every rank must call this; all of them succeed or all raise.
+    Each rank reads only what it holds, converting dtypes and the order of dims on the way. Beyond the model, some
+    tens of MB are in memory. If the model is sharded, every rank must call this; all of them succeed or all raise.
 
     Args:
         model: parameters may be plain tensors or DTensors. A buffer that no rule maps keeps its value (one line is
             logged): files of this family have no place for it.
         folder: holds `*.safetensors` and, if there are several, `model.safetensors.index.json`.
         family: whose files these are. If the model ties its output to the embedding, a copy of it in the files is
-            dropped, with a warning if it differs from the embedding.
-        on_progress: called after each tensor with the bytes that this rank has read and will have read.
+            dropped, with a warning if it differs from the embedding. Layers for multi-token prediction are dropped.
+        on_progress: called every few MB with the bytes that this rank has read and will have read (scales of
+            quantised weights not counted). By default a line is logged every ten seconds.
 
     Raises:
         ConfigError: the folder or a file of it is unusable; or the files' tensors are not the model's: one message
@@ -95,117 +89,155 @@ def load_hf_weights(
     plans: list[_Plan] = []
     # Kept out of what `on_all` returns, which every rank would receive from every other.
     ranks.on_all(lambda: plans.append(_plan(tensors, require_folder(folder), family, model.spec)))
-    return ranks.on_all(lambda: _read(plans[0], tensors, folder, on_progress))[ranks.rank]
+    report = on_progress or partial(log_progress(), "read")
+    return ranks.on_all(lambda: _read(plans[0], tensors, folder, report))[ranks.rank]
 
 
 def _plan(tensors: Mapping[str, Tensor], folder: Path, family: Family, spec: DecoderSpec) -> _Plan:
     """Account for every tensor of the files and of the model."""
-    infos = list_tensors(folder)
+    infos = _without_what_is_not_needed(list_tensors(folder), family, len(spec.layers))
+    sources = sources_of(infos, read_quantization(folder))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    by_file_key, without_rule = map_keys(family.layouts, shapes, infos)
+    by_file_key, without_rule = map_keys(family.layouts, shapes, sources)
     if parameters := [name for name in without_rule if isinstance(tensors[name], nn.Parameter)]:
         raise ConfigError(f"no file tensor of this family can fill these parameters: {describe_keys(parameters)}")
     if without_rule:
         logger.info("Not in checkpoints of this family, left as initialised: %s", describe_keys(without_rule))
-    if ignored := {key for key in infos if key not in by_file_key and _matches(key, family.ignored_keys)}:
-        logger.info("Not needed, dropped: %s", describe_keys(ignored))
 
-    expected = {key: piece.shape(shapes[name]) for key, (name, piece) in by_file_key.items()}
-    optional = {}
+    copies = {}
     if spec.tie_embeddings:
-        optional = {
-            piece.file_key: shapes[_EMBEDDING] for piece in pieces_of(family.rules, _OUTPUT, shapes[_EMBEDDING])
-        }
-    _check_tensors(folder, expected, optional, {key: info for key, info in infos.items() if key not in ignored})
-    return _Plan(_plan_reads(tensors, by_file_key, infos), [infos[key] for key in optional if key in infos])
-
-
-def _matches(key: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
-
-
-def _check_tensors(
-    folder: Path,
-    expected: Mapping[str, tuple[int, ...]],
-    optional: Mapping[str, tuple[int, ...]],
-    infos: Mapping[str, TensorInfo],
-) -> None:
-    """Compare the files' tensors with the model's, and say everything that differs at once."""
-    lines = []
-    if missing := [key for key in expected if key not in infos]:
-        lines.append(f"missing in the files ({len(missing)}): {describe_keys(missing)}")
-    if unknown := [key for key in infos if key not in expected and key not in optional]:
-        lines.append(f"unknown in the files ({len(unknown)}): {describe_keys(unknown)}")
-    shared = [(key, shape) for key, shape in (*expected.items(), *optional.items()) if key in infos]
-    differing = defaultdict(list)
-    for key, shape in shared:
-        if infos[key].shape != shape:
-            differing[f"found {list(infos[key].shape)}, expected {list(shape)}"].append(key)
-    lines += [f"shape mismatch ({len(keys)}): {describe_keys(keys)}: {sizes}" for sizes, keys in differing.items()]
-    unsupported = defaultdict(list)
-    for key, _ in shared:
-        dtype = DTYPES.get(infos[key].dtype)
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
-            unsupported[infos[key].dtype].append(key)
-    lines += [
-        f"dtype {name} not supported yet ({len(keys)}): {describe_keys(keys)}" for name, keys in unsupported.items()
-    ]
-    if lines:
+        pieces = pieces_of(family.rules, _OUTPUT, shapes[_EMBEDDING])
+        copies = {piece.file_key: (_EMBEDDING, piece) for piece in pieces if piece.file_key in sources}
+    problems = _differences({**by_file_key, **copies}, shapes, sources, family)
+    if problems:
         raise ConfigError(
-            "the files do not hold this model\n  " + "\n  ".join(lines),
+            "the files do not hold this model\n  " + "\n  ".join(problems),
             where=str(folder),
             mend="Model and files must be of the same family and sizes: compare config.json with the model's config.",
         )
+    tied_copies = [(key, sources[key], piece) for key, (_, piece) in copies.items()]
+    return _Plan(_regions(tensors, by_file_key, sources), tied_copies)
 
 
-def _plan_reads(
-    tensors: Mapping[str, Tensor], by_file_key: Mapping[str, tuple[str, Piece]], infos: Mapping[str, TensorInfo]
-) -> list[_Read]:
+def _without_what_is_not_needed(
+    infos: Mapping[str, TensorInfo], family: Family, num_layers: int
+) -> dict[str, TensorInfo]:
+    """The files' tensors without those that carry nothing and those of layers for multi-token prediction."""
+    ignored = [key for key in infos if any(fnmatchcase(key, pattern) for pattern in family.ignored_keys)]
+    if ignored:
+        logger.info("Not needed, dropped: %s", describe_keys(ignored))
+    dropped = set(ignored)
+    if family.extra_layer_key is not None:
+        layer_prefix = family.extra_layer_key.partition("{i}")[0]
+        of_layer = re.compile(re.escape(layer_prefix) + r"(\d+)\.")
+        keys_of_layer = defaultdict(list)
+        for key in infos:
+            if match := of_layer.match(key):
+                keys_of_layer[int(match[1])].append(key)
+        for layer, keys in sorted(keys_of_layer.items()):
+            if layer >= num_layers and family.extra_layer_key.format(i=layer) in infos:
+                logger.info("Layer %d (multi-token prediction) dropped: %d tensors", layer, len(keys))
+                dropped.update(keys)
+    return {key: info for key, info in infos.items() if key not in dropped}
+
+
+def _differences(
+    expected: Mapping[str, tuple[str, Piece]],
+    shapes: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, RowSource],
+    family: Family,
+) -> list[str]:
+    """Everything in which the files' tensors are not the model's, a line for each kind."""
+    lines = []
+    if missing := [key for key in expected if key not in sources]:
+        lines.append(f"missing in the files ({len(missing)}): {describe_keys(missing)}")
+        lines += _about_other_layouts({expected[key][0] for key in missing}, shapes, sources, family)
+    if unknown := [key for key in sources if key not in expected]:
+        lines.append(f"unknown in the files ({len(unknown)}): {describe_keys(unknown)}")
+    misshapen, unsupported = defaultdict(list), defaultdict(list)
+    for key, (name, piece) in expected.items():
+        if key not in sources:
+            continue
+        source, shape = sources[key], piece.shape(shapes[name])
+        if source.shape != shape:
+            misshapen[f"found {list(source.shape)}, expected {list(shape)}"].append(key)
+        dtype = DTYPES.get(source.info.dtype)
+        if isinstance(source, PlainSource) and (dtype is None or not dtype.is_floating_point or dtype.itemsize < 2):
+            unsupported[source.info.dtype].append(key)
+    lines += [f"shape mismatch ({len(keys)}): {describe_keys(keys)}: {sizes}" for sizes, keys in misshapen.items()]
+    lines += [f"dtype {name} not supported ({len(keys)}): {describe_keys(keys)}" for name, keys in unsupported.items()]
+    return lines
+
+
+def _about_other_layouts(
+    names: set[str], shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, RowSource], family: Family
+) -> list[str]:
+    """What else than the missing tensors could fill these parameters, and which of them come half in each layout."""
+    absent, mixed = [], []
+    for name in (name for name in shapes if name in names):
+        layouts = [keys for rules in family.layouts if (keys := _keys(rules, name, shapes[name]))]
+        found = [keys for keys in layouts if any(key in sources for key in keys)]
+        if not found:
+            absent += [key for keys in layouts[1:] for key in keys]
+        elif len(found) > 1:
+            mixed += [key for keys in found for key in keys if key in sources]
+    lines = [f"nor, in another layout ({len(absent)}): {describe_keys(absent)}"] if absent else []
+    if mixed:
+        lines.append(
+            f"of the same parameters in several layouts, none of them whole ({len(mixed)}): {describe_keys(mixed)}"
+        )
+    return lines
+
+
+def _keys(rules: Sequence[Rule], name: str, shape: tuple[int, ...]) -> list[str]:
+    return [piece.file_key for piece in pieces_of(rules, name, shape)]
+
+
+def _regions(
+    tensors: Mapping[str, Tensor], by_file_key: Mapping[str, tuple[str, Piece]], sources: Mapping[str, RowSource]
+) -> list[Region]:
+    """What this rank reads, and where it goes."""
     shards = {name: (local_tensor(tensor.detach()), local_box(tensor).offsets) for name, tensor in tensors.items()}
-    reads = []
+    regions = []
     for key, (name, piece) in by_file_key.items():
-        into, offset = shards[name]
-        at = [index - begin for index, begin in zip(piece.at, offset, strict=False)]
+        into, offsets = shards[name]
+        at = [index - begin for index, begin in zip(piece.at, offsets, strict=False)]
         if all(0 <= index < size for index, size in zip(at, into.shape, strict=False)):
-            into = into[tuple(at)]
-            if into.numel():
-                reads.append(_Read(infos[key], into, offset[len(at) :]))
-    return sorted(reads, key=lambda read: (read.info.path, read.info.start))
+            region = _region(sources[key], piece, into[tuple(at)], offsets[len(at) :], tensors[name].shape[len(at) :])
+            if region.into.numel():
+                regions.append(region)
+    return regions
+
+
+def _region(source: RowSource, piece: Piece, into: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Region:
+    """`into` is this rank's part of the slice that the piece fills, `sizes` are the whole slice's."""
+    unmerged = piece.unmerged(sizes)
+    num_column_dims = 1 if piece.axes is None else len(piece.axes.groups[-1])
+    num_row_dims = max(len(unmerged) - num_column_dims, 0)
+    return Region(source, piece.in_file_order(into), piece.unmerged(offsets), unmerged, num_row_dims)
 
 
 def _read(
-    plan: _Plan, tensors: Mapping[str, Tensor], folder: str | Path, on_progress: Callable[[int, int], None] | None
+    plan: _Plan, tensors: Mapping[str, Tensor], folder: str | Path, on_progress: Callable[[int, int], None]
 ) -> LoadSummary:
     start = time.perf_counter()
-    line_due = start + _SECONDS_BETWEEN_LINES
-    total = sum(read.num_bytes for read in plan.reads)
-    done = 0
-    bytes_read = 0
-    for path, reads_of_file in groupby(plan.reads, key=lambda read: read.info.path):
-        with TensorReader(path) as reader:
-            for read in reads_of_file:
-                reader.read(read.info, read.into, read.offset)
-                done += read.num_bytes
-                if on_progress is not None:
-                    on_progress(done, total)
-                if time.perf_counter() > line_due:
-                    line_due = time.perf_counter() + _SECONDS_BETWEEN_LINES
-                    logger.info("Reading weights: %.1f of %.1f GB", done / 1e9, total / 1e9)
-            bytes_read += reader.bytes_read
-    seconds = time.perf_counter() - start
-    speed = bytes_read / max(seconds, 1e-9)
-    logger.info("Read %.2f GB of weights from %s in %.1f s (%.2f GB/s)", total / 1e9, folder, seconds, speed / 1e9)
-    for info in plan.tied_copies:
-        _compare_tied(info, tensors[_EMBEDDING])
-    return LoadSummary(len(plan.reads), bytes_read, seconds)
+    total = sum(region.num_bytes for region in plan.regions)
+    with Files() as files:
+        fill(plan.regions, files, lambda done: on_progress(done, total))
+        seconds = time.perf_counter() - start
+        speed = files.bytes_read / max(seconds, 1e-9)
+        logger.info("Read %.2f GB of weights from %s in %.1f s (%.2f GB/s)", total / 1e9, folder, seconds, speed / 1e9)
+        summary = LoadSummary(len(plan.regions), files.bytes_read, seconds)
+        for key, source, piece in plan.tied_copies:
+            _compare_tied(key, source, piece, tensors[_EMBEDDING], files)
+    return summary
 
 
-def _compare_tied(info: TensorInfo, embedding_VD: Tensor) -> None:
+def _compare_tied(key: str, source: RowSource, piece: Piece, embedding_VD: Tensor, files: Files) -> None:
     local_VD = local_tensor(embedding_VD.detach())
     copy_VD = torch.empty_like(local_VD)
-    with TensorReader(info.path) as reader:
-        reader.read(info, copy_VD, local_box(embedding_VD).offsets)
+    fill([_region(source, piece, copy_VD, local_box(embedding_VD).offsets, embedding_VD.shape)], files)
     if torch.equal(copy_VD, local_VD):
-        logger.info("%s is a copy of the embedding, which the model uses for its output: dropped", info.key)
+        logger.info("%s is a copy of the embedding, which the model uses for its output: dropped", key)
     else:
-        logger.warning("%s differs from the embedding, which the model uses for its output: dropped", info.key)
+        logger.warning("%s differs from the embedding, which the model uses for its output: dropped", key)

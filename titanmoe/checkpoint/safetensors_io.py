@@ -1,9 +1,8 @@
-"""The safetensors format: reading headers and regions of tensors, and writing files tensor by tensor.
+"""The safetensors format: reading headers, and writing files tensor by tensor.
 
 A file is an 8-byte little-endian length, a JSON header of that length (name -> dtype, shape, and begin and end of
-its bytes), and the bytes, without holes (https://github.com/huggingface/safetensors#format). Regions are read with
-plain reads into the memory where they are wanted: nothing is mapped, so a file that shrinks or a disk that fails
-gives an error rather than a dead process, and no whole tensor is held beside the one it is copied into.
+its bytes), and the bytes, without holes (https://github.com/huggingface/safetensors#format). `row_source` reads the
+bytes.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -41,8 +39,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _MAX_HEADER_BYTES = 100_000_000
-_STAGING_BYTES = 16 * 1024 * 1024
-_DAMAGED = "The file is damaged or was not copied whole: copy or download it again."
+DAMAGED = "The file is damaged or was not copied whole: copy or download it again."
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             prefix = file.read(8)
             header_bytes = int.from_bytes(prefix, "little")
             if file_bytes == 0:
-                raise ConfigError("the file is empty", where=str(path), mend=_DAMAGED)
+                raise ConfigError("the file is empty", where=str(path), mend=DAMAGED)
             if prefix == b"version ":
                 raise ConfigError(
                     "this is a Git-LFS pointer: a few lines of text in place of the weights",
@@ -78,10 +75,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 )
             if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
                 what = f"not a safetensors file: it begins with a header length of {header_bytes}"
-                raise ConfigError(what, where=str(path), mend=_DAMAGED)
+                raise ConfigError(what, where=str(path), mend=DAMAGED)
             if 8 + header_bytes > file_bytes:
                 what = f"the file is cut short: {file_bytes} bytes, of which its header alone takes {8 + header_bytes}"
-                raise ConfigError(what, where=str(path), mend=_DAMAGED)
+                raise ConfigError(what, where=str(path), mend=DAMAGED)
             text = file.read(header_bytes)
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
@@ -90,17 +87,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         entries.pop("__metadata__", None)
         tensors = [_tensor_info(key, entry, path, 8 + header_bytes) for key, entry in entries.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"the header is damaged ({error})", where=str(path), mend=_DAMAGED) from error
+        raise ConfigError(f"the header is damaged ({error})", where=str(path), mend=DAMAGED) from error
     tensors.sort(key=lambda info: (info.start, info.num_bytes))
     end = 8 + header_bytes
     for info in tensors:
         if info.start != end:
             what = f"the header is damaged: {info.key} does not begin where the tensor before it ends"
-            raise ConfigError(what, where=str(path), mend=_DAMAGED)
+            raise ConfigError(what, where=str(path), mend=DAMAGED)
         end += info.num_bytes
     if end != file_bytes:
         state = "cut short" if file_bytes < end else "longer than its header says"
-        raise ConfigError(f"the file is {state}: {file_bytes} bytes instead of {end}", where=str(path), mend=_DAMAGED)
+        raise ConfigError(f"the file is {state}: {file_bytes} bytes instead of {end}", where=str(path), mend=DAMAGED)
     return {info.key: info for info in tensors}
 
 
@@ -116,99 +113,43 @@ def _tensor_info(key: str, entry: Mapping[str, Any], path: Path, data_start: int
     return TensorInfo(key, path, dtype, shape, data_start + begin, end - begin)
 
 
-class TensorReader:
-    """Reads regions of one file's tensors straight into existing tensors. `bytes_read` counts what it read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes_read = 0
-        try:
-            self._file = FileIO(path, "rb")
-        except OSError as error:
-            raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def read(self, info: TensorInfo, into: Tensor, offset: Sequence[int] | None = None) -> None:
-        """Fill `into` with the region of the file tensor that begins at `offset` and has the shape of `into`.
-
-        The dtype is converted, and the device changed, on the way. Rows (slices along dim 0) outside the region are
-        not read; of a row of which only a part is wanted, the whole is. What does not go straight into `into` passes
-        through at most 16 MiB (or one row) at a time.
-
-        Raises:
-            ConfigError: the file ended early or the disk failed.
-        """
-        if into.numel() == 0:
-            return
-        dtype = DTYPES[info.dtype]
-        # A scalar is a row of one, so that everything below has a dim 0.
-        shape = info.shape or (1,)
-        into = into if into.dim() else into.view(1)
-        offset = tuple(offset or ()) or (0,) * len(shape)
-        row_bytes = prod(shape[1:]) * dtype.itemsize
-        start = info.start + offset[0] * row_bytes
-        num_rows = into.shape[0]
-        whole_rows = into.shape[1:] == shape[1:]
-        if whole_rows and into.dtype == dtype and into.device.type == "cpu" and into.is_contiguous():
-            self._read_bytes(start, into)
-            return
-        rows_at_once = min(num_rows, max(1, _STAGING_BYTES // row_bytes))
-        staging = torch.empty((rows_at_once, *shape[1:]), dtype=dtype)
-        columns = [slice(begin, begin + size) for begin, size in zip(offset[1:], into.shape[1:], strict=True)]
-        for row in range(0, num_rows, rows_at_once):
-            rows = staging[: num_rows - row]
-            self._read_bytes(start + row * row_bytes, rows)
-            into[row : row + len(rows)].copy_(rows[tuple([slice(None), *columns])])
-
-    def _read_bytes(self, start: int, into: Tensor) -> None:
-        """Fill a contiguous CPU tensor with the bytes from `start` on."""
-        left = _bytes_of(into)
-        try:
-            self._file.seek(start)
-            while left:
-                # The system may return less than asked for (at most 2 GiB a call on Linux).
-                num_bytes = self._file.readinto(left)
-                if not num_bytes:
-                    raise ConfigError("the file ended while it was being read", where=str(self.path), mend=_DAMAGED)
-                self.bytes_read += num_bytes
-                left = left[num_bytes:]
-        except OSError as error:
-            raise ConfigError(f"reading failed: {error.strerror}", where=str(self.path)) from error
-
-
 class TensorWriter:
-    """Writes one safetensors file tensor by tensor, holding none of them.
+    """Writes one safetensors file as its tensors come, whole or some rows at a time, holding none of them.
 
-    The header comes first, so names, dtypes and shapes are given up front, and `write` must be called in that order.
-    Larger dtypes must come before smaller ones: readers may map the file and expect each tensor aligned to its dtype.
+    The header comes first, so names, dtypes and shapes are given up front. Larger dtypes must come before smaller
+    ones: readers may map the file and expect each tensor aligned to its dtype. They may be written in any order.
     """
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> None:
         sizes = [dtype.itemsize for _, dtype, _ in tensors]
         assert sizes == sorted(sizes, reverse=True), "tensors of larger dtypes come first"
-        self._expected = list(tensors)
-        self._num_written = 0
+        self._announced = {key: (dtype, tuple(shape)) for key, dtype, shape in tensors}
+        self._num_left = {key: prod(shape) for key, (_, shape) in self._announced.items() if prod(shape)}
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close and abandon)
-        self._file.write(_encode_header(tensors))
+        start = self._file.write(_encode_header(tensors))
+        self._starts: dict[str, int] = {}
+        for key, (dtype, shape) in self._announced.items():
+            self._starts[key] = start
+            start += prod(shape) * dtype.itemsize
 
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Append a tensor (of any device; converted to the dtype that was announced)."""
-        expected_key, dtype, shape = self._expected[self._num_written]
-        assert (key, tuple(tensor.shape)) == (expected_key, tuple(shape)), f"{key} written, {expected_key} announced"
-        self._file.write(_bytes_of(tensor.to("cpu", dtype).contiguous()))
-        self._num_written += 1
+    def write(self, key: str, tensor: Tensor, row: int = 0) -> None:
+        """Write a tensor, or rows (slices along dim 0) of it from `row` on, of any device and dtype, once each."""
+        dtype, shape = self._announced[key]
+        end = (row + tensor.shape[0], *tensor.shape[1:]) if tensor.dim() else ()
+        assert len(end) == len(shape) and end[1:] == shape[1:] and end[:1] <= shape[:1], (
+            f"{key}: {end}, announced {shape}"
+        )
+        if tensor.numel():
+            self._file.seek(self._starts[key] + row * prod(shape[1:]) * dtype.itemsize)
+            self._file.write(bytes_of(tensor.to("cpu", dtype).contiguous()))
+            self._num_left[key] -= tensor.numel()
+            if not self._num_left[key]:
+                del self._num_left[key]
 
     @property
     def complete(self) -> bool:
         """Whether every announced tensor was written."""
-        return self._num_written == len(self._expected)
+        return not self._num_left
 
     def close(self) -> None:
         """Hand everything to the disk and wait until it has it."""
@@ -224,7 +165,7 @@ class TensorWriter:
             self._file.close()
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     assert tensor.is_contiguous()
     # Not view(-1): a contiguous tensor of one element may have any stride.

@@ -149,7 +149,8 @@ class Console:
         self._last_bar = now
         run, done = self._run, step - self._first_bar_step
         left = f"{format_clock((now - self._first_bar) / done * (run.num_steps - step))} left" if done else ""
-        self._terminal.bar(lambda columns: self._draw_bar(columns, step, run.num_steps, left))
+        speed = "" if self._speed is None else f"{format_count(self._speed)} tok/s"
+        self._terminal.progress_bar(step / max(run.num_steps, 1), f"{step:,}/{run.num_steps:,}", speed, left)
 
     def finish(self, step: int, outputs: Mapping[str, str], status: str = "done") -> None:
         """Print the summary. `outputs` names what was left behind and where; `status` says how the run ended."""
@@ -197,19 +198,3 @@ class Console:
         # Ten blanks stand for the time stamp and its gap.
         lines += [f"{'':10}{self._terminal.style(f'{name:<{width}}', 'dim')}  {text}" for name, text in rows.items()]
         self._terminal.line("\n".join(lines))
-
-    def _draw_bar(self, columns: int, step: int, num_steps: int, left: str) -> str:
-        fraction = min(step / max(num_steps, 1), 1.0)
-        speed = "" if self._speed is None else f"{format_count(self._speed)} tok/s"
-        count = f"{step:,}/{num_steps:,}"
-        texts = [text for text in (f"{100 * fraction:3.0f}%", count, speed, left) if text]
-        room = columns - len("  ".join(texts)) - 2
-        if room >= 10:
-            size = min(room, 40)
-            full = int(fraction * size)
-            bar = self._terminal.style("━" * full, "green") + self._terminal.style("─" * (size - full), "dim")
-            return "  ".join([texts[0], bar, *texts[1:]])
-        for text in (speed, count, left):
-            if text in texts and len("  ".join(texts)) > columns:
-                texts.remove(text)
-        return "  ".join(texts)[:columns]

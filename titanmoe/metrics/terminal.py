@@ -62,6 +62,23 @@ class Terminal:
             self._bar = draw(max(self.columns() - 1, 1))
             self._write(f"{_ERASE_LINE}{self._bar}")
 
+    def progress_bar(self, fraction: float, count: str, speed: str, left: str) -> None:
+        """Replace the bar by one that is filled to `fraction`, with texts beside it; a narrow one has fewer of them."""
+        self.bar(lambda columns: self._draw_progress(columns, min(fraction, 1.0), count, speed, left))
+
+    def _draw_progress(self, columns: int, fraction: float, count: str, speed: str, left: str) -> str:
+        texts = [text for text in (f"{100 * fraction:3.0f}%", count, speed, left) if text]
+        room = columns - len("  ".join(texts)) - 2
+        if room >= 10:
+            size = min(room, 40)
+            full = int(fraction * size)
+            bar = self.style("━" * full, "green") + self.style("─" * (size - full), "dim")
+            return "  ".join([texts[0], bar, *texts[1:]])
+        for text in (speed, count, left):
+            if text in texts and len("  ".join(texts)) > columns:
+                texts.remove(text)
+        return "  ".join(texts)[:columns]
+
     def clear_bar(self) -> None:
         if self._bar:
             self._bar = ""

@@ -11,7 +11,7 @@ from titanmoe.config.errors import ConfigError
 from titanmoe.models.keys import Rule
 from titanmoe.models.spec import DecoderSpec
 
-FAMILIES = ("qwen3",)
+FAMILIES = ("qwen3", "qwen2", "llama3", "glm4_moe", "glm4_moe_lite", "deepseek_v3", "llama4", "gpt_oss", "mixtral")
 """Every family, by the name of its file in `families/`."""
 
 
@@ -22,6 +22,7 @@ class Family:
     Attributes:
         name: what `model.name` calls it.
         architectures: the names in a `config.json` that mean this family.
+        model_types: its names there under `model_type`, which count where no architecture is named.
         flavors: the sizes that `model.flavor` can name.
         from_hf_config: a parsed `config.json` -> spec; raises ConfigError for options that are not supported.
         to_hf_config: (spec, dtype name such as "bfloat16") -> what `config.json` holds.
@@ -41,6 +42,7 @@ class Family:
     also_reads: Sequence[Sequence[Rule]] = ()
     ignored_keys: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     extra_layer_key: str | None = None
+    model_types: tuple[str, ...] = ()
 
     @property
     def layouts(self) -> tuple[Sequence[Rule], ...]:
@@ -78,19 +80,24 @@ def get_family(name: str) -> Family:
 
 
 def family_of_hf_config(config: Mapping[str, Any]) -> Family:
-    """The family whose architecture a parsed `config.json` names.
+    """The family whose architecture a parsed `config.json` names or, if it names none, whose `model_type`.
 
     Raises:
         ConfigError: the architecture is missing or not supported.
     """
     families = [get_family(name) for name in FAMILIES]
-    named = config.get("architectures") or []
+    named = config.get("architectures")
+    key = "architectures" if named else "model_type"
+    names = named if named and isinstance(named, list) else [named or config.get("model_type") or "(none named)"]
+    supported: list[str] = []
     for family in families:
-        if any(architecture in family.architectures for architecture in named):
+        known = family.architectures if key == "architectures" else family.model_types
+        if any(name in known for name in names):
             return family
-    supported = ", ".join(architecture for family in families for architecture in family.architectures)
+        supported += known
+    what = "architecture" if key == "architectures" else "model type"
     raise ConfigError(
-        f"architecture {', '.join(named) or '(none named)'} is not supported",
-        where="config.json: architectures",
-        mend=f"supported are: {supported}",
+        f"{what} {', '.join(map(str, names))} is not supported",
+        where=f"config.json: {key}",
+        mend=f"supported are: {', '.join(supported)}",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from titanmoe.models.common_rules import DENSE, ENDS, EXPERTS, GATE, GROUPED_QUERY, NORMS, QK_NORMS, STACKED_EXPERTS
 from titanmoe.models.family import Family
-from titanmoe.models.hf_config import HfConfig, rope_entries, window_entries
+from titanmoe.models.hf_config import HfConfig, decoder_entries, window_entries
 from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
 
 _DENSE, _MOE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
@@ -65,66 +65,45 @@ _RULES = (*ENDS, *NORMS, *GROUPED_QUERY, *QK_NORMS, *DENSE, *GATE, *EXPERTS)
 
 
 def _from_hf_config(values: Mapping[str, Any]) -> DecoderSpec:
-    is_moe = _MOE in values["architectures"]
     config = HfConfig(values)
-    config.refuse_other_than_silu()
-    dim, num_layers = config.integer("hidden_size"), config.integer("num_hidden_layers")
-    num_heads, num_kv_heads = config.heads()
-    # transformers' defaults differ: the dense model's config has 128, the other's has none.
-    head_dim = config.integer("head_dim", default=dim // num_heads if is_moe else 128)
+    config.refuse_unsupported()
+    is_moe = _MOE in config.values.get("architectures", ()) or config.values.get("model_type") == "qwen3_moe"
     bias = config.flag("attention_bias")
-    attention = GroupedQuery(num_heads, num_kv_heads, head_dim, config.rope(head_dim), bias, bias, qk_norm=True)
+    # transformers' defaults differ: the dense model's config has a head_dim of 128, the other's has none.
+    attention = config.grouped_query(head_dim=None if is_moe else 128, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    num_layers = config.integer("num_hidden_layers")
     feed_forwards: list[Dense | MoE] = [Dense(config.integer("intermediate_size"))] * num_layers
     if is_moe:
         router = Router(score="softmax", normalize=config.flag("norm_topk_prob"))
         num_experts, top_k = config.experts("num_experts", "num_local_experts")
         experts = MoE(num_experts, top_k, config.integer("moe_intermediate_size"), router)
-        step, dense_layers = config.integer("decoder_sparse_step", default=1), config.values.get("mlp_only_layers", [])
+        step, dense_layers = config.integer("decoder_sparse_step", default=1), config.integers("mlp_only_layers")
         for index in range(num_layers):
             if index not in dense_layers and (index + 1) % step == 0:
                 feed_forwards[index] = experts
-    windows = config.layers_with_window(num_layers)
-    return DecoderSpec(
-        dim=dim,
-        vocab_size=config.integer("vocab_size"),
-        layers=tuple(
-            LayerSpec(replace(attention, window=window), feed_forward)
-            for window, feed_forward in zip(windows, feed_forwards, strict=True)
-        ),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        tie_embeddings=config.flag("tie_word_embeddings"),
-        max_seq_len=config.integer("max_position_embeddings", default=32_768),
-        family="qwen3",
+        # The mixture gives all layers the window or none, whatever `layer_types` and `max_window_layers` say.
+        windows = [config.integer("sliding_window") if config.flag("use_sliding_window") else None] * num_layers
+    else:
+        windows = config.layers_with_window(num_layers)
+    layers = (
+        LayerSpec(replace(attention, window=window), feed_forward)
+        for window, feed_forward in zip(windows, feed_forwards, strict=True)
     )
+    return config.decoder("qwen3", layers, default_max_seq_len=32_768)
 
 
 def _to_hf_config(spec: DecoderSpec, dtype_name: str) -> dict[str, Any]:
     attention = spec.layers[0].attention
-    assert isinstance(attention, GroupedQuery) and attention.rope is not None
+    assert isinstance(attention, GroupedQuery)
     dense_layers = [index for index, layer in enumerate(spec.layers) if isinstance(layer.feed_forward, Dense)]
     experts = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, MoE)), None)
     dense = next((layer.feed_forward for layer in spec.layers if isinstance(layer.feed_forward, Dense)), None)
+    names = (_MOE, "qwen3_moe") if experts else (_DENSE, "qwen3")
     config: dict[str, Any] = {
-        "architectures": [_MOE if experts else _DENSE],
-        "model_type": "qwen3_moe" if experts else "qwen3",
+        **decoder_entries(spec, *names, dtype_name),
         "attention_bias": attention.qkv_bias,
-        "attention_dropout": 0.0,
-        "head_dim": attention.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": spec.dim,
-        "initializer_range": 0.02,
         "intermediate_size": dense.hidden_dim if dense else 4 * spec.dim,
-        "max_position_embeddings": spec.max_seq_len,
-        "num_attention_heads": attention.num_heads,
-        "num_hidden_layers": len(spec.layers),
-        "num_key_value_heads": attention.num_kv_heads,
-        "rms_norm_eps": spec.norm_eps,
-        **rope_entries(attention.rope),
-        "tie_word_embeddings": spec.tie_embeddings,
-        "torch_dtype": dtype_name,
-        "use_cache": True,
         **window_entries(spec),
-        "vocab_size": spec.vocab_size,
     }
     if experts:
         config |= {
@@ -141,5 +120,12 @@ def _to_hf_config(spec: DecoderSpec, dtype_name: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "qwen3", (_DENSE, _MOE), _FLAVORS, _from_hf_config, _to_hf_config, _RULES, also_reads=(STACKED_EXPERTS,)
+    "qwen3",
+    (_DENSE, _MOE),
+    _FLAVORS,
+    _from_hf_config,
+    _to_hf_config,
+    _RULES,
+    also_reads=(STACKED_EXPERTS,),
+    model_types=("qwen3", "qwen3_moe"),
 )
