@@ -49,6 +49,27 @@ def test_compiled_blocks_compute_the_same(kind: str) -> None:
         assert error < 1e-4, f"{name}: {error:.2e}"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_on_gpu_equals_the_cpu(kind: str, dtype: torch.dtype) -> None:
+    model, on_gpu = build_model(KINDS[kind], device="cpu"), build_model(KINDS[kind], device="cuda", dtype=dtype)
+    for each in (model, on_gpu):
+        init_weights(each, 0)
+    on_gpu.load_state_dict(model.state_dict())  # a device draws other numbers
+    tokens, cu_seqlens = torch.randint(97, (2, 24)), torch.tensor([0, 7, 24, 41, 48], dtype=torch.int32)
+    logits = model(tokens, cu_seqlens=cu_seqlens)
+    others = on_gpu(tokens.cuda(), cu_seqlens=cu_seqlens.cuda())
+    (logits.logsumexp(-1).sum() / 48).backward()
+    (others.logsumexp(-1).sum() / 48).backward()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    assert (others.cpu() - logits).norm() < tolerance * logits.norm()
+    for (name, parameter), other in zip(model.named_parameters(), on_gpu.parameters(), strict=True):
+        error = (other.grad.cpu() - parameter.grad).norm() / parameter.grad.norm()
+        # In bfloat16 some token's choice of experts may tip over.
+        assert error < (tolerance if dtype == torch.float32 else 0.5), f"{name}: {error:.2e}"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_head_replaces_the_projection(tied: bool) -> None:
     model = build_model(replace(SPEC, tie_embeddings=tied), device="cpu")

@@ -97,3 +97,28 @@ def test_chunks_are_documents(packed: bool) -> None:
     assert chunks is not None and chunks.dtype == torch.int32
     assert chunks.tolist() == ([0, 3, 7, 10, 14, 18, 20] if packed else [0, 4, 8, 10, 14, 18, 20])
     assert chunk_documents(cu_seqlens, 10, tokens) is cu_seqlens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 32])
+@pytest.mark.parametrize(("kv_heads", "qk_dim", "v_dim"), [(2, 64, 64), (4, 192, 128)])
+def test_on_gpu(kv_heads: int, qk_dim: int, v_dim: int, window: int | None, with_sinks: bool, packed: bool) -> None:
+    """The flash kernels in bfloat16, windows and sinks included, against the plain formula in float64."""
+    tensors = inputs(128, kv_heads, qk_dim, v_dim, torch.bfloat16)
+    sinks = torch.tensor([0.5, -2.0, 3.0, 0.0], dtype=torch.bfloat16, requires_grad=True) if with_sinks else None
+    everything = [*tensors, sinks] if sinks is not None else tensors
+    doubles = [tensor.detach().double().requires_grad_() for tensor in everything]
+    on_gpu = [tensor.detach().cuda().requires_grad_() for tensor in everything]
+    documents = [0, 50, 128, 200] if packed else [0, 128]
+    cu_seqlens = torch.tensor([*documents, 256], dtype=torch.int32, device="cuda") if packed else None
+    expected = reference(*doubles[:3], documents, 0.1, window, doubles[3] if with_sinks else None)
+    sinks_on_gpu = on_gpu[3] if with_sinks else None
+    ours = causal_attention(*on_gpu[:3], cu_seqlens, scale=0.1, window=window, sinks_N=sinks_on_gpu)
+    assert (ours.cpu() - expected).abs().max() < 3e-2
+    weight = torch.randn(expected.shape)
+    (ours * weight.to(ours)).sum().backward()
+    (expected * weight).sum().backward()
+    for tensor, double in zip(on_gpu, doubles, strict=True):
+        assert (tensor.grad.cpu() - double.grad).norm() < 2e-2 * double.grad.norm()
