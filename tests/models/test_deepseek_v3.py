@@ -172,8 +172,9 @@ def test_what_v3_s_config_says() -> None:
 def test_what_v2_s_config_says() -> None:
     expected = Router("softmax", False, 16.0, num_groups=8, top_groups=3, group_score="max")
     assert _router(FAMILY.from_hf_config(_V2_5)) == expected
-    # Groups mean nothing to the greedy method.
-    assert _router(FAMILY.from_hf_config(_V2_5 | {"topk_method": "greedy"})) == Router("softmax", False, 16.0)
+    # Groups mean nothing to the greedy method, and one group nothing to the other.
+    for change in ({"topk_method": "greedy"}, {"n_group": 1, "topk_group": 1}):
+        assert _router(FAMILY.from_hf_config(_V2_5 | change)) == Router("softmax", False, 16.0)
 
 
 def test_the_debug_model_has_the_builtin_vocabulary() -> None:

@@ -89,17 +89,15 @@ def read_softmax_router(config: HfConfig) -> Router:
     config.require("scoring_func", "softmax", default="softmax")
     # The authors' code normalises and then does not scale, transformers' scales and never normalises.
     config.require("norm_topk_prob", False, default=False)
-    scale = config.number("routed_scaling_factor", 1.0)
-    if config.require("topk_method", "greedy", "group_limited_greedy", default="greedy") == "greedy":
-        return Router(score="softmax", normalize=False, scale=scale)
-    num_groups, top_groups = _read_groups(config, None, smallest=1)
+    method = config.require("topk_method", "greedy", "group_limited_greedy", default="greedy")
+    num_groups, top_groups = (1, 1) if method == "greedy" else _read_groups(config, None, smallest=1)
     return Router(
         score="softmax",
         normalize=False,
-        scale=scale,
+        scale=config.number("routed_scaling_factor", 1.0),
         num_groups=num_groups,
         top_groups=top_groups,
-        group_score="max",
+        group_score="max" if num_groups > 1 else "top2",
     )
 
 

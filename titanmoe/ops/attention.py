@@ -106,12 +106,12 @@ def _windows(
     q, k, v = (F.pad(tensor, (0, 0, 0, -length % window)) for tensor in (q_BNLH, k_BKLH, v_BKLH))
     first = _product(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, sinks_N)
     q, k, v = (tensor.unflatten(2, (-1, window)).transpose(1, 2) for tensor in (q, k, v))
-    pairs = [torch.cat((tensor[:, :-1], tensor[:, 1:]), dim=3).flatten(0, 1) for tensor in (k, v)]
+    k, v = (torch.cat((tensor[:, :-1], tensor[:, 1:]), dim=3).flatten(0, 1) for tensor in (k, v))
     row, column = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device)
     is_seen = (column > row) & (column <= row + window)
     mask_WX = torch.zeros(is_seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~is_seen, float("-inf"))
-    others = _product(q[:, 1:].flatten(0, 1), *pairs, scale, sinks_N, mask_WX)
-    others = others.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3)
+    others = _product(q[:, 1:].flatten(0, 1), k, v, scale, sinks_N, mask_WX)
+    others = others.unflatten(0, (q_BNLH.shape[0], -1)).transpose(1, 2).flatten(2, 3)
     return torch.cat((first, others), dim=2)[:, :, :length]
 
 
