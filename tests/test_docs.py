@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
 import inspect
-import io
 import re
 import shlex
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ import titanmoe
 from titanmoe.config import ConfigError, resolve, validate_keys
 from titanmoe.config.files import train_configs_folders
 from titanmoe.config.schema import Schema
+from titanmoe.metrics import model_sizes
+from titanmoe.models.family import FAMILIES, get_family
 
 CHECKOUT = Path(__file__).parents[1]
 PAGES = [CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -153,9 +153,8 @@ def test_keys_and_options_in_the_text_exist(page: Path) -> None:
 
 
 def file_patterns() -> set[str]:
-    from titanmoe.models.families.qwen3 import FAMILY
-
-    return {rule.file_pattern for rule in FAMILY.rules}
+    families = [get_family(name) for name in FAMILIES]
+    return {rule.file_pattern for family in families for rules in family.layouts for rule in rules}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -190,15 +189,12 @@ def test_python_blocks_use_what_there_is() -> None:
     assert num_calls >= 5
 
 
-def test_the_table_of_flavors_is_what_its_command_prints() -> None:
-    page = (CHECKOUT / "docs" / "models.md").read_text()
-    (code,) = [block.text for block in blocks("python") if "num_parameters" in block.text]
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "docs/models.md", "exec"), {})
-    rows = printed.getvalue().splitlines()
-    assert len(rows) >= 10
-    assert rows == [line for line in page.splitlines() if line.startswith("| `")]
+@pytest.mark.parametrize("args", [[], ["--published"]])
+def test_the_tables_of_sizes_are_what_their_command_prints(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    model_sizes.main(args)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") > 10
+    assert printed in (CHECKOUT / "docs" / "models.md").read_text()
 
 
 def test_the_page_on_config_is_complete() -> None:

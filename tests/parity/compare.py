@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,26 +22,22 @@ MAX_GRADIENT_ERROR = 1e-4
 MAX_BF16_RATIO = 1.5
 BF16_FLOOR = 1e-3
 
-WHOLE = ((48,), (48,))
-PACKED = ((13, 1, 34), (29, 19))
-"""Lengths of the documents in each of two rows."""
+Documents = tuple[tuple[int, ...], ...]
+"""Lengths of the documents in each row."""
+WHOLE: Documents = ((48,), (48,))
+PACKED: Documents = ((5, 1, 42), (7, 23, 18))
+"""Few tokens are in the first document of a row: the others would show that documents see each other."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """Errors of one variant of one family."""
+class Errors:
+    """How far our model is from that of transformers, which sees each document alone."""
 
-    family: str
-    variant: str
     logits: float
     """The largest difference of any logit, in float32."""
     gradient: float
     """The largest, over parameters, of the largest difference in the gradient relative to the gradient's largest."""
     gradient_of: str
-    packed_logits: float
-    """As above, for documents packed into rows here and each document alone in transformers."""
-    packed_gradient: float
-    packed_gradient_of: str
     bf16: float
     """What bfloat16 changes in a token's logits: root mean square, relative to the standard deviation of all logits. A
     quarter of the tokens have less. (Where rounding changes the choice of experts, the logits of that token, and of
@@ -55,8 +51,6 @@ class Row:
         limits = {
             "logits": MAX_LOGITS_ERROR,
             "gradient": MAX_GRADIENT_ERROR,
-            "packed_logits": MAX_LOGITS_ERROR,
-            "packed_gradient": MAX_GRADIENT_ERROR,
             "bf16": MAX_BF16_RATIO * self.bf16_theirs + BF16_FLOOR,
         }
         return [
@@ -66,7 +60,28 @@ class Row:
         ]
 
 
-def compare(family: str, variant: str, model_type: str, options: Mapping[str, Any], folder: Path) -> Row:
+@dataclass(frozen=True)
+class Row:
+    """One variant of one family."""
+
+    family: str
+    variant: str
+    whole: Errors
+    """One document per row."""
+    packed: Errors
+    """Several."""
+
+    @property
+    def failures(self) -> list[str]:
+        return [*self.whole.failures, *(f"packed {failure}" for failure in self.packed.failures)]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "failures": self.failures}
+
+
+def compare(
+    family: str, variant: str, model_type: str, options: Mapping[str, Any], folder: Path, device: str = "cpu"
+) -> Row:
     """Compute one row.
 
     Args:
@@ -75,36 +90,28 @@ def compare(family: str, variant: str, model_type: str, options: Mapping[str, An
     """
     reference = random_model(model_type, options)
     save(reference, folder / "model")
-    model = titanmoe.from_pretrained(folder / "model", dtype=torch.float32)
+    reference.to(device)
+    model = titanmoe.from_pretrained(folder / "model", dtype=torch.float32, device=device)
     assert model.spec.family == family, f"was loaded as a model of {model.spec.family}"
     _require_shorter_windows(model.spec, min(max(row) for row in PACKED))
+    low_reference = load_reference(folder / "model", torch.bfloat16).to(device)
+    low_model = titanmoe.from_pretrained(folder / "model", dtype=torch.bfloat16, device=device)
+    tokens = some_tokens(model.spec.vocab_size, len(WHOLE), sum(WHOLE[0])).to(device)
 
-    tokens = some_tokens(model.spec.vocab_size, len(WHOLE), sum(WHOLE[0]))
-    logits, expected = _our_logits(model, tokens, WHOLE), _their_logits(reference, tokens, WHOLE)
-    assert expected.std() > 0.1, "logits of hardly any size agree easily"
-    gradient, gradient_of = _worst_gradient(model, reference, logits, expected, tokens, WHOLE, folder / "gradient")
-    packed, expected_packed = _our_logits(model, tokens, PACKED), _their_logits(reference, tokens, PACKED)
-    packed_gradient, packed_gradient_of = _worst_gradient(
-        model, reference, packed, expected_packed, tokens, PACKED, folder / "packed_gradient"
-    )
-    with torch.no_grad():
-        bf16 = _our_logits(titanmoe.from_pretrained(folder / "model", dtype=torch.bfloat16), tokens, WHOLE)
-        bf16_theirs = _their_logits(load_reference(folder / "model", torch.bfloat16), tokens, WHOLE)
-    return Row(
-        family,
-        variant,
-        _largest(logits - expected),
-        gradient,
-        gradient_of,
-        _largest(packed - expected_packed),
-        packed_gradient,
-        packed_gradient_of,
-        _typical_error(bf16, expected),
-        _typical_error(bf16_theirs, expected),
-    )
+    def errors(documents: Documents) -> Errors:
+        logits, expected = _our_logits(model, tokens, documents), _their_logits(reference, tokens, documents)
+        assert expected.std() > 0.1, "logits of hardly any size agree easily"
+        ours = _gradients(model, _loss(logits, tokens, documents))
+        theirs = _gradients(reference, _loss(expected, tokens, documents))
+        translated = _translate(theirs, reference, folder / f"gradients{len(documents[0])}")
+        gradient_errors = _gradient_errors(ours, translated, model.spec)
+        worst = max(gradient_errors, key=lambda name: gradient_errors[name])
+        with torch.no_grad():
+            bf16 = _typical_error(_our_logits(low_model, tokens, documents), expected)
+            bf16_theirs = _typical_error(_their_logits(low_reference, tokens, documents), expected)
+        return Errors(_largest(logits - expected), gradient_errors[worst], worst, bf16, bf16_theirs)
 
-
-Documents = tuple[tuple[int, ...], ...]
+    return Row(family, variant, errors(WHOLE), errors(PACKED))
 
 
 def _their_logits(reference: nn.Module, tokens: Tensor, documents: Documents) -> Tensor:
@@ -120,9 +127,9 @@ def _our_logits(model: Decoder, tokens: Tensor, documents: Documents) -> Tensor:
     if documents == WHOLE:
         return model(tokens)
     lengths = [length for row in documents for length in row]
-    position_ids = torch.cat([torch.arange(length) for length in lengths]).view_as(tokens)
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).view(tokens.shape)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return model(tokens, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    return model(tokens, position_ids=position_ids.to(tokens.device), cu_seqlens=cu_seqlens.to(tokens.device))
 
 
 def _loss(logits: Tensor, tokens: Tensor, documents: Documents) -> Tensor:
@@ -133,37 +140,40 @@ def _loss(logits: Tensor, tokens: Tensor, documents: Documents) -> Tensor:
     return torch.stack(losses).sum() / (sum(lengths) - len(lengths))
 
 
-def _worst_gradient(
-    model: Decoder,
-    reference: nn.Module,
-    logits: Tensor,
-    expected: Tensor,
-    tokens: Tensor,
-    documents: Documents,
-    folder: Path,
-) -> tuple[float, str]:
-    """The largest relative error of a parameter's gradient, and which parameter's it is."""
-    ours = _gradients(model, _loss(logits, tokens, documents))
-    theirs = _gradients(reference, _loss(expected, tokens, documents))
-    # transformers writes them as if they were the parameters, and our loader sorts them into ours: whatever the
-    # layouts in memory are, both sides have translated to and from the names of the files.
-    parameters = {name: parameter.data for name, parameter in reference.named_parameters()}
+def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, gradients, strict=True))
+
+
+def _translate(gradients: Mapping[str, Tensor], reference: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Gradients of transformers' parameters under our names.
+
+    transformers writes them as if they were the parameters, and our loader sorts them into ours: whatever the layouts
+    in memory are, both sides translate to and from the names in files.
+    """
+    values = {name: parameter.data for name, parameter in reference.named_parameters()}
     for name, parameter in reference.named_parameters():
-        parameter.data = theirs[name]
+        parameter.data = gradients[name]
     save(reference, folder)
     for name, parameter in reference.named_parameters():
-        parameter.data = parameters[name]
-    expected_gradients = titanmoe.from_pretrained(folder, dtype=torch.float32)
+        parameter.data = values[name]
+    device = next(reference.parameters()).device
+    loaded = titanmoe.from_pretrained(folder, dtype=torch.float32, device=device)
+    return {name: parameter.detach() for name, parameter in loaded.named_parameters()}
+
+
+def _gradient_errors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], spec: DecoderSpec) -> dict[str, float]:
+    assert ours.keys() == theirs.keys()
     errors = {}
-    for name, parameter in expected_gradients.named_parameters():
-        largest = _largest(parameter)
-        if name.startswith(_without_gradient(model.spec)):
+    for name, gradient in theirs.items():
+        largest = _largest(gradient)
+        if name.startswith(_without_gradient(spec)):
             errors[name] = max(largest, _largest(ours[name]))
         else:
             # A gradient that is zero everywhere would agree with one that was lost.
-            errors[name] = _largest(ours[name] - parameter) / largest if largest else float("inf")
-    worst = max(errors, key=lambda name: errors[name])
-    return errors[worst], worst
+            errors[name] = _largest(ours[name] - gradient) / largest if largest else float("inf")
+    return errors
 
 
 def _without_gradient(spec: DecoderSpec) -> tuple[str, ...]:
@@ -176,12 +186,6 @@ def _without_gradient(spec: DecoderSpec) -> tuple[str, ...]:
         if isinstance(moe, MoE) and moe.top_k == 1 and moe.router.normalize:
             prefixes.append(f"layers.{index}.moe.router.gate.")  # the weight of the only expert is 1
     return tuple(prefixes)
-
-
-def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, gradients, strict=True))
 
 
 def _largest(tensor: Tensor) -> float:
