@@ -26,7 +26,7 @@ from titanmoe.checkpoint.pretrained import from_pretrained, spec_of_hf_folder
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.build import build_model, materialize
 from titanmoe.models.family import get_family
-from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
+from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, Latent, LayerSpec, MoE, Rope, Router
 
 _ATTENTION = GroupedQuery(4, 2, 32, Rope(32, 1e4), qk_norm=True)
 
@@ -50,6 +50,20 @@ def _small(family: str) -> DecoderSpec:
             feed_forward = replace(feed_forward, num_experts=3, top_k=min(feed_forward.top_k, 2), shared=shared)
         layers.append(LayerSpec(replace(layer.attention, num_heads=4, num_kv_heads=2), feed_forward))
     return replace(spec, dim=96, vocab_size=97, layers=tuple(layers))
+
+
+def _deepseek_v3() -> DecoderSpec:
+    """A dense layer and one of experts; its `kv_a_proj_with_mqa` has 146 rows, a block and a part of one."""
+    spec = get_family("deepseek_v3").flavors["671B"]
+    attention, experts = spec.layers[-1].attention, spec.layers[-1].feed_forward
+    assert isinstance(attention, Latent) and isinstance(experts, MoE)
+    rope = Rope(16, 1e4, interleaved=True)
+    attention = replace(attention, num_heads=2, q_lora_rank=136, kv_lora_rank=130, qk_nope_head_dim=24, rope=rope)
+    attention = replace(attention, v_head_dim=40)
+    router = replace(experts.router, num_groups=2, top_groups=1)
+    experts = replace(experts, num_experts=4, top_k=2, hidden_dim=144, router=router, shared=Dense(144))
+    layers = (LayerSpec(attention, Dense(280)), LayerSpec(attention, experts))
+    return replace(spec, dim=200, vocab_size=97, layers=layers)
 
 
 def _with_shape(tensors: Checkpoint, key: str, *shape: int) -> None:
@@ -93,6 +107,7 @@ _CASES = {
     # The down projections of the last layer are left as they are, and the config says nothing of it.
     "fp8_experts": _Case(_MOE, QWEN3_FP8, r"(?!.*layers\.1\..*down).*_proj\.weight", _blocks),
     "fp8_stacked_experts": _Case(_MOE, QWEN3_FP8, r".*_proj(\.weight)?", _blocks, layout=1),
+    "fp8_latent_attention": _Case(_deepseek_v3(), QWEN3_FP8, r"(.*_proj|.*_proj_with_mqa)\.weight", _blocks),
     "compressed_tensors_per_channel": _Case(
         _DENSE,
         compressed_tensors(ignore=["lm_head", r"re:.*\.1\.self_attn\."]),
@@ -238,6 +253,21 @@ def test_one_line_says_what_was_quantised(fp8_folder: Path, caplog: pytest.LogCa
         from_pretrained(fp8_folder)
     # 2 layers of 4 attention weights and 3 experts with 3 matrices, less 3 that were left.
     assert "Quantised (fp8): 23 of " in caplog.text
+
+
+def test_layers_for_more_tokens_are_dropped_with_their_scales(tmp_path: Path) -> None:
+    """Nor does it matter that one of them lacks a scale."""
+    folder, plain = _write(tmp_path, _CASES["fp8_latent_attention"])
+
+    def add_layer(tensors: dict[str, Tensor]) -> None:
+        layer = {key.replace("layers.1.", "layers.2."): t.clone() for key, t in tensors.items() if "layers.1." in key}
+        del layer["model.layers.2.mlp.experts.0.up_proj.weight_scale_inv"]
+        tensors |= layer | {"model.layers.2.eh_proj.weight": torch.zeros(200, 400).bfloat16()}
+
+    _edit(folder, add_layer)
+    expected = from_pretrained(plain, dtype=torch.float32).state_dict()
+    for name, tensor in from_pretrained(folder, dtype=torch.float32).state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 # Accidents on the way from a folder to a model

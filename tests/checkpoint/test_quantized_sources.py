@@ -177,11 +177,12 @@ def test_both_names_of_scales_multiply(tmp_path: Path, suffix: str) -> None:
 def test_every_code_and_zero_scales(tmp_path: Path) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
     codes[[0x7F, 0xFF]] = 0  # not a number
-    tensors = {_Q: codes.view(torch.float8_e4m3fn).view(2, 128), _Q + "_scale": torch.tensor([[0.3], [0.0]])}
+    fp8 = codes.view(torch.float8_e4m3fn).view(1, 2, 128).repeat(2, 1, 1).view(4, 128)
+    tensors = {_Q: fp8, _Q + "_scale": torch.tensor([[0.3], [0.7], [0.0], [0.0]])}
     values = _decode(tmp_path, tensors, _CHANNEL)
-    expected = codes.view(torch.float8_e4m3fn).double().float().view(2, 128)
-    assert torch.equal(values[0], expected[0] * torch.tensor(0.3))
-    assert torch.equal(values[1].abs(), torch.zeros(128))
+    expected = fp8.double().float() * tensors[_Q + "_scale"]
+    assert torch.equal(values, expected)
+    assert torch.equal(values[2:].abs(), torch.zeros(2, 128))
 
 
 def test_transformers_decodes_fp8_the_same_way(tmp_path: Path) -> None:
@@ -438,6 +439,14 @@ def test_headers_that_do_not_fit(
     with pytest.raises(ConfigError, match=message) as caught:
         _sources(tmp_path, config)
     assert caught.value.where == f"{tmp_path / 'model-00000.safetensors'}: {culprit}"
+
+
+@pytest.mark.parametrize("config", [None, QWEN3_FP8, GPT_OSS])
+def test_other_floats_are_left_to_the_reader(tmp_path: Path, config: dict | None) -> None:
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+    write_folder(tmp_path, {}, {str(dtype): torch.ones(6, 10, dtype=dtype) for dtype in dtypes})
+    sources = _sources(tmp_path, config)
+    assert len(sources) == len(dtypes) and all(isinstance(source, PlainSource) for source in sources.values())
 
 
 @pytest.mark.parametrize("config", [None, QWEN3_FP8])

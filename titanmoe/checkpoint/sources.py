@@ -43,7 +43,7 @@ def sources_of(infos: Mapping[str, TensorInfo], quantization: Quantization | Non
             the config asks for, codes that are not supported, or that the config says are not there.
     """
     for info in infos.values():
-        if info.dtype[:2] in ("F4", "F6"):
+        if info.dtype.startswith(("F4", "F6_")):
             raise _error(info, f"packed {info.dtype[1]}-bit floats ({info.dtype}) are not supported")
     if quantization is None:
         for info in infos.values():
