@@ -17,7 +17,7 @@ import torch.distributed as dist
 from titanmoe.checkpoint.checkpointer import Checkpointer
 from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.checkpoint.hf_save import check_exportable, save_hf
-from titanmoe.checkpoint.pretrained import choose_model
+from titanmoe.checkpoint.pretrained import choose_model, tokenizer_folder
 from titanmoe.checkpoint.run_config import log_changes, write_config
 from titanmoe.checkpoint.run_state import RunState
 from titanmoe.config.changes import config_fingerprint
@@ -27,7 +27,7 @@ from titanmoe.config.sizes import data_parallel_degrees, global_batch_size
 from titanmoe.config.validate import validate
 from titanmoe.data.loader import DataLoader, merge_states
 from titanmoe.data.sources import open_source
-from titanmoe.data.tokenizer import BUILTIN_TOKENIZER, check_vocab, load_tokenizer
+from titanmoe.data.tokenizer import check_vocab, load_tokenizer
 from titanmoe.metrics.describe import describe_run, work_per_token
 from titanmoe.metrics.expert_load import load_summary
 from titanmoe.metrics.logger import Metrics, build_metrics
@@ -478,7 +478,7 @@ class Trainer:
         outputs = {"checkpoint": str(newest)} if newest.is_dir() else {}
         if is_done and checkpoint.last_save_in_hf:
             outputs["hugging face"] = f"{newest}-hf"
-            tokenizer_path = self.config.model.tokenizer_path or self.config.model.hf_assets_path
+            model = self.config.model
             try:
                 save_hf(
                     self.model,
@@ -486,7 +486,7 @@ class Trainer:
                     self.family,
                     self.spec,
                     dtype=_DTYPES[checkpoint.export_dtype],
-                    tokenizer_dir=BUILTIN_TOKENIZER if tokenizer_path in (None, "builtin") else tokenizer_path,
+                    tokenizer_dir=tokenizer_folder(model.tokenizer_path or model.hf_assets_path),
                     overwrite=True,
                 )
             except ConfigError as error:  # the model was looked at before training: this is the disk

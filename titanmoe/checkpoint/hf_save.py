@@ -1,64 +1,56 @@
 """Writing a model as a folder in Hugging Face layout: safetensors, their index, config.json, and the tokenizer's files.
 
 One parameter at a time is gathered, cut into the family's file tensors, and streamed to disk. All is written into a
-temporary folder beside the target, which takes the target's place when every byte is on disk: the target is whole or
-is not there.
+temporary folder beside the target, read back and compared, and takes the target's place when it is right: the target
+is whole or is not there.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
-from math import prod
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titanmoe.checkpoint.files import sync_folder, write_whole
-from titanmoe.checkpoint.hf_folder import (
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    INDEX_NAME,
-    SINGLE_NAME,
-    TOKENIZER_NAMES,
-    describe_keys,
-    require_folder,
-)
-from titanmoe.checkpoint.model_tensors import full_tensor, model_tensors, ranks_sharing
+from titanmoe.checkpoint.files import sync_folder
+from titanmoe.checkpoint.gather import gather_each
+from titanmoe.checkpoint.hf_entries import Entry, config_entries, entries_of, main_dtype_name, split_into_shards
+from titanmoe.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, describe_keys, require_folder
+from titanmoe.checkpoint.hf_target import check_target, copy_tokenizer, take_place, write_json
+from titanmoe.checkpoint.hf_verify import find_difference
+from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing
+from titanmoe.checkpoint.progress import Progress, log_progress
 from titanmoe.checkpoint.safetensors_io import TensorWriter
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.family import Family
-from titanmoe.models.keys import Piece, Rule, map_keys
+from titanmoe.models.keys import map_keys
 from titanmoe.models.spec import DecoderSpec
+from titanmoe.ops.scaled_casts import BLOCK_SIZE, FP8, quantize_blocks
+from titanmoe.parallel.ranks import Ranks
+from titanmoe.training.errors import NotExportedError
 
 logger = logging.getLogger("titanmoe.checkpoint")
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_SAVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One file tensor to write."""
+class SaveSummary:
+    """What was written: tensors in the files (scales included), their bytes, and how long it took, with comparing."""
 
-    key: str
-    name: str
-    piece: Piece
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+    num_tensors: int
+    num_bytes: int
+    num_files: int
+    seconds: float
 
 
 def save_hf(
@@ -71,51 +63,70 @@ def save_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tokenizer_dir: str | Path | None = None,
     overwrite: bool = False,
-) -> None:
+    verify: bool = True,
+    on_progress: Progress | None = None,
+) -> SaveSummary:
     """Write the model so that transformers loads it.
 
-    If the model is sharded, every rank must call this: each parameter is gathered on all ranks in turn, and rank 0
-    writes. Beyond the model, one whole parameter is in memory. Of ranks with a whole model each, rank 0 writes.
+    If the model is sharded, every rank must call this: each parameter is gathered on rank 0 in turn, which writes.
+    Beyond the model, one whole parameter is in its memory, and some rows of it as the file has them. Of ranks with a
+    whole model each, rank 0 writes.
 
     Args:
         folder: is created. If it exists and holds anything, that is an error unless `overwrite` is set; and then it
             may hold files of a model export only (they are replaced), since nothing else is ever deleted.
-        dtype: float32, bfloat16 or float16; by default each parameter is written in its own.
+        dtype: float32, bfloat16, float16 or float8_e4m3fn (see `entries_of`); by default each parameter is written in
+            its own. Buffers keep theirs.
         max_shard_bytes: a file holds at most this many bytes of tensors, but at least one tensor.
-        tokenizer_dir: a folder whose tokenizer files, and generation_config.json if there is one, are copied along.
+        tokenizer_dir: a folder whose tokenizer files are copied along, and generation_config.json, which is made from
+            the tokenizer if the folder has none.
+        verify: read everything back as a loader does and compare it with the model before the folder is in its place.
+        on_progress: called on rank 0, after each file tensor; by default, a line is logged every ten seconds.
 
     Raises:
         ConfigError: before a tensor is written: the target is in use, the family's format has no place for a
             parameter or its config.json none for the spec, no tokenizer in `tokenizer_dir`, too little space; later:
-            the disk is full or fails. In either case nothing is left behind.
+            the disk is full or fails, or a parameter is not finite and FP8 was asked for.
+        NotExportedError: what was written is not the model.
+        In any case nothing is left behind.
     """
+    started = time.perf_counter()
+    report = on_progress or log_progress()
     target = Path(folder).expanduser().resolve()
     tensors = model_tensors(model)
     ranks = ranks_sharing(tensors.values())
     writes = not dist.is_initialized() or dist.get_rank() == 0
     temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
-    shards: list[list[_Entry]] = []
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    entries: list[Entry] = []
+    shards: list[list[Entry]] = []
 
     def prepare() -> None:
-        check_exportable(model, family, spec)
-        shards.extend(_split_into_shards(_entries(tensors, family.rules, dtype), max_shard_bytes))
+        check_exportable(model, family, spec, dtype)
+        entries.extend(entries_of(tensors, family, dtype))
+        shards.extend(split_into_shards(entries, max_shard_bytes))
         if writes:
-            _check_target(target, overwrite, _num_bytes(shards))
+            check_target(target, overwrite, sum(entry.num_bytes for entry in entries))
             temporary.mkdir(parents=True)
-            _write_json(temporary / CONFIG_NAME, family.to_hf_config(spec, _main_dtype_name(shards)))
+            config = family.to_hf_config(spec, main_dtype_name(entries)) | config_entries(tensors, family, entries)
+            write_json(temporary / CONFIG_NAME, config)
             if tokenizer_dir is not None:
-                _copy_tokenizer(require_folder(tokenizer_dir), temporary)
+                copy_tokenizer(require_folder(tokenizer_dir), temporary)
 
-    def finish() -> None:
-        _stream(tensors, shards, temporary if writes else None)
+    def write() -> None:
+        _stream(tensors, shards, temporary if writes else None, ranks, report)
         if writes:
             sync_folder(temporary)
-            _take_place(temporary, target)
-            logger.info("Wrote %.2f GB of weights in %d files to %s", _num_bytes(shards) / 1e9, len(shards), target)
+
+    def difference() -> str:
+        return find_difference(temporary if writes else None, tensors, family, spec, entries, ranks, report)
 
     try:
         ranks.on_all(prepare)
-        ranks.on_all(finish)
+        ranks.on_all(write)
+        if verify and (found := next(filter(None, ranks.on_all(difference)), "")):
+            raise NotExportedError(f"{target}: what was written is not the model: {found}\n  Nothing was left behind.")
+        ranks.on_all(lambda: take_place(temporary, target) if writes else None)
     except OSError as error:
         raise ConfigError(
             f"writing the model failed: {error.strerror}",
@@ -125,15 +136,33 @@ def save_hf(
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):  # it holds the target, or was made by somebody else meanwhile
+                    parent.rmdir()
+    num_bytes, num_tensors = sum(entry.num_bytes for entry in entries), sum(len(entry.tensors) for entry in entries)
+    summary = SaveSummary(num_tensors, num_bytes, len(shards), time.perf_counter() - started)
+    if writes:
+        logger.info(
+            "Wrote %.2f GB of weights (%s) in %d file%s to %s in %.1f s, %s",
+            num_bytes / 1e9,
+            "float8" if any(entry.dtype == FP8 for entry in entries) else main_dtype_name(entries),
+            len(shards),
+            "s" if len(shards) > 1 else "",
+            target,
+            summary.seconds,
+            f"verified {num_tensors} tensors" if verify else "not verified",
+        )
+    return summary
 
 
-def check_exportable(model: nn.Module, family: Family, spec: DecoderSpec) -> None:
-    """Whether the family's files have a place for all of the model, which may be on the meta device.
+def check_exportable(model: nn.Module, family: Family, spec: DecoderSpec, dtype: torch.dtype | None = None) -> None:
+    """Whether the family's files have a place for all of the model, which may be on the meta device, in this dtype.
 
     Raises:
-        ConfigError: they have none for a tensor, or config.json none for the spec.
+        ConfigError: they have none for a tensor, or config.json none for the spec; or see `entries_of`.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    tensors = model_tensors(model)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if without_rule := map_keys([family.rules], shapes)[1]:
         raise ConfigError(
             f"the files of family {family.name!r} have no place for {describe_keys(without_rule)}",
@@ -141,6 +170,7 @@ def check_exportable(model: nn.Module, family: Family, spec: DecoderSpec) -> Non
         )
     if not can_express(family, spec):
         raise ConfigError(f"a config.json of family {family.name!r} cannot describe this model: {spec}")
+    entries_of(tensors, family, dtype)
 
 
 def can_express(family: Family, spec: DecoderSpec) -> bool:
@@ -148,88 +178,37 @@ def can_express(family: Family, spec: DecoderSpec) -> bool:
     return family.from_hf_config(family.to_hf_config(spec, "float32")) == spec
 
 
-def _entries(tensors: Mapping[str, Tensor], rules: Sequence[Rule], dtype: torch.dtype | None) -> list[_Entry]:
-    """What to write, in order: the model's, with larger dtypes first (see TensorWriter)."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    by_file_key, _ = map_keys([rules], shapes)
-    for name, tensor in tensors.items():
-        if (dtype or tensor.dtype) not in _SAVED_DTYPES:
-            raise ConfigError(
-                f"cannot be written as {dtype or tensor.dtype}", where=name, mend="Choose float32, bfloat16 or float16."
-            )
-    entries = [
-        _Entry(key, name, piece, dtype or tensors[name].dtype, piece.shape(shapes[name]))
-        for key, (name, piece) in by_file_key.items()
-    ]
-    return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-
-
-def _split_into_shards(entries: Iterable[_Entry], max_bytes: int) -> list[list[_Entry]]:
-    shards: list[list[_Entry]] = [[]]
-    num_bytes = 0
-    for entry in entries:
-        if shards[-1] and num_bytes + entry.num_bytes > max_bytes:
-            shards.append([])
-            num_bytes = 0
-        shards[-1].append(entry)
-        num_bytes += entry.num_bytes
-    return shards
-
-
-def _check_target(target: Path, overwrite: bool, num_bytes: int) -> None:
-    if target.exists() and not target.is_dir():
-        raise ConfigError("is a file, not a folder", where=str(target))
-    present = sorted(file.name for file in target.iterdir()) if target.is_dir() else []
-    if present and not overwrite:
-        raise ConfigError(
-            f"the folder is not empty ({present[0]})", where=str(target), mend="Name a new one, or ask to overwrite it."
-        )
-    if foreign := [name for name in present if not _is_of_an_export(name)]:
-        raise ConfigError(
-            f"the folder holds files that are not of a model export ({foreign[0]}), which are never deleted",
-            where=str(target),
-            mend="Name a new folder, or move them away.",
-        )
-    free = shutil.disk_usage(next(folder for folder in target.parents if folder.exists())).free
-    if free < num_bytes:
-        sizes = f"the weights take {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise ConfigError(f"too little space: {sizes}", where=str(target))
-
-
-def _is_of_an_export(name: str) -> bool:
-    known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *TOKENIZER_NAMES}
-    return name in known or (name.startswith("model-") and name.endswith(".safetensors"))
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    names = [name for name in TOKENIZER_NAMES if (source / name).is_file()]
-    if not names:
-        raise ConfigError("the folder has no tokenizer (tokenizer.json)", where=str(source))
-    if (source / GENERATION_CONFIG_NAME).is_file():
-        names.append(GENERATION_CONFIG_NAME)
-    for name in names:
-        write_whole(folder / name, (source / name).read_bytes())
-
-
-def _stream(tensors: Mapping[str, Tensor], shards: Sequence[Sequence[_Entry]], folder: Path | None) -> None:
+def _stream(
+    tensors: Mapping[str, Tensor],
+    shards: Sequence[Sequence[Entry]],
+    folder: Path | None,
+    ranks: Ranks,
+    on_progress: Progress,
+) -> None:
     """Gather each parameter in turn, and write its pieces into `folder` on the rank that has one.
 
-    A rank whose disk fails goes on taking part in the gathers, or the others would wait for it; it raises at the end.
+    A rank that fails goes on taking part in the gathers, or the others would wait for it; it raises at the end.
     """
     files = None if folder is None else _ShardFiles(folder, shards)
-    failure: OSError | None = None
-    name, whole = "", torch.empty(0)
-    for entry in chain.from_iterable(shards):
-        if entry.name != name:
-            # The last one goes before the next comes.
-            whole = torch.empty(0)
-            name, whole = entry.name, full_tensor(tensors[entry.name])
-        if files is not None and failure is None:
-            try:
-                files.write(entry, entry.piece.in_file_order(whole[entry.piece.at]).reshape(entry.shape))
-            except OSError as error:
-                files.abandon()
-                failure = error
+    entries_of_name: dict[str, list[Entry]] = defaultdict(list)
+    for shard in shards:
+        for entry in shard:
+            entries_of_name[entry.name].append(entry)
+    total = sum(entry.num_bytes for shard in shards for entry in shard)
+    done = 0
+    failure: OSError | ConfigError | None = None
+    for name, whole in gather_each(tensors, ranks):
+        if files is None or failure is not None:
+            continue
+        try:
+            for entry in entries_of_name[name]:
+                files.write(entry, whole)
+                done += entry.num_bytes
+                on_progress("written", done, total)
+        except (OSError, ConfigError) as error:
+            files.abandon()
+            failure = error
+        del whole  # before the next comes
     if failure is not None:
         raise failure
 
@@ -237,7 +216,7 @@ def _stream(tensors: Mapping[str, Tensor], shards: Sequence[Sequence[_Entry]], f
 class _ShardFiles:
     """The safetensors files of a folder, written one after the other; the index is written last."""
 
-    def __init__(self, folder: Path, shards: Sequence[Sequence[_Entry]]) -> None:
+    def __init__(self, folder: Path, shards: Sequence[Sequence[Entry]]) -> None:
         count = len(shards)
         names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         self._names = names if count > 1 else [SINGLE_NAME]
@@ -246,12 +225,30 @@ class _ShardFiles:
         self._next = 0
         self._writer: TensorWriter | None = None
 
-    def write(self, entry: _Entry, tensor: Tensor) -> None:
-        """Append the next tensor; opens and closes files as their turns come."""
+    def write(self, entry: Entry, whole: Tensor) -> None:
+        """Write the next entry, a piece of the whole parameter; opens and closes files as their turns come.
+
+        Raises:
+            OSError: the disk is full or fails.
+            ConfigError: values that are not finite cannot be scaled.
+        """
         if self._writer is None:
-            announced = [(entry.key, entry.dtype, entry.shape) for entry in self._shards[self._next]]
+            announced = [tensor for entry in self._shards[self._next] for tensor in entry.tensors]
+            announced.sort(key=lambda tensor: -tensor[1].itemsize)  # see TensorWriter
             self._writer = TensorWriter(self._folder / self._names[self._next], announced)
-        self._writer.write(entry.key, tensor)
+        for row, block in entry.row_blocks(whole):
+            if entry.dtype == FP8:
+                codes, scales = quantize_blocks(block)
+                if not scales.isfinite().all():
+                    raise ConfigError(
+                        "has values that are not finite, which have no FP8 form",
+                        where=entry.name,
+                        mend="Look at the model: a float32 export holds them as they are.",
+                    )
+                self._writer.write(entry.key, codes, row)
+                self._writer.write(entry.scale_key, scales, row // BLOCK_SIZE)
+            else:
+                self._writer.write(entry.key, block, row)
         if self._writer.complete:
             self._writer.close()
             self._writer = None
@@ -264,38 +261,12 @@ class _ShardFiles:
             self._writer.abandon()
 
     def _write_index(self) -> None:
-        weight_map = {entry.key: name for name, shard in zip(self._names, self._shards, strict=True) for entry in shard}
-        index = {"metadata": {"total_size": _num_bytes(self._shards)}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(self._folder / INDEX_NAME, index)
-
-
-def _num_bytes(shards: Iterable[Iterable[_Entry]]) -> int:
-    return sum(entry.num_bytes for shard in shards for entry in shard)
-
-
-def _main_dtype_name(shards: Iterable[Iterable[_Entry]]) -> str:
-    """The dtype of most of the bytes, as config.json names it."""
-    num_bytes: Counter[str] = Counter()
-    for entry in chain.from_iterable(shards):
-        num_bytes[str(entry.dtype).removeprefix("torch.")] += entry.num_bytes
-    return num_bytes.most_common(1)[0][0]
-
-
-def _take_place(temporary: Path, target: Path) -> None:
-    """Put the finished folder where the target is to be. Between two renames, an old target is beside it, whole."""
-    if not target.exists() or not any(target.iterdir()):
-        temporary.replace(target)
-    else:
-        old = target.with_name(f"{temporary.name}.old")
-        target.replace(old)
-        try:
-            temporary.replace(target)
-        except OSError:
-            old.replace(target)
-            raise
-        shutil.rmtree(old)
-    sync_folder(target.parent)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+        file_of = {
+            key: name
+            for name, shard in zip(self._names, self._shards, strict=True)
+            for entry in shard
+            for key, _, _ in entry.tensors
+        }
+        total = sum(entry.num_bytes for shard in self._shards for entry in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        write_json(self._folder / INDEX_NAME, index)

@@ -81,17 +81,21 @@ def save_pretrained(
     tokenizer: str | Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    verify: bool = True,
 ) -> None:
     """Save a model as a folder that transformers loads; if it is sharded, every rank must call this.
 
     Args:
-        dtype: float32, bfloat16 or float16; by default each parameter is written in its own.
+        dtype: float32, bfloat16, float16 or float8_e4m3fn (blocks of 128 x 128 with scales, for the linears of
+            attention, feed-forwards and experts; the rest becomes bfloat16); by default each parameter is written in
+            its own. Buffers keep theirs.
         tokenizer: a folder whose tokenizer files (and generation_config.json) are copied along, or "builtin".
         max_shard_bytes: a file holds at most this many bytes of tensors.
         overwrite: replace an earlier export.
+        verify: read everything back and compare it with the model before the folder is in its place.
 
     Raises:
-        ConfigError: see `save_hf`.
+        ConfigError, NotExportedError: see `save_hf`.
     """
     save_hf(
         model,
@@ -100,9 +104,15 @@ def save_pretrained(
         model.spec,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        tokenizer_dir=BUILTIN_TOKENIZER if tokenizer == "builtin" else tokenizer,
+        tokenizer_dir=None if tokenizer is None else tokenizer_folder(tokenizer),
         overwrite=overwrite,
+        verify=verify,
     )
+
+
+def tokenizer_folder(tokenizer: str | Path | None) -> Path:
+    """Where the files of a tokenizer are: a folder's name as it is; None and "builtin" mean the embedded one."""
+    return BUILTIN_TOKENIZER if tokenizer in (None, "builtin") else Path(str(tokenizer))
 
 
 def family_of_spec(spec: DecoderSpec) -> Family:

@@ -25,9 +25,10 @@ def block_scales(values_RC: Tensor) -> Tensor:
     A block with a value that is not finite has a scale that is not finite.
     """
     num_rows, num_columns = values_RC.shape
-    padded_RC = F.pad(values_RC.abs(), (0, -num_columns % BLOCK_SIZE, 0, -num_rows % BLOCK_SIZE))
-    blocks = padded_RC.unflatten(1, (-1, BLOCK_SIZE)).unflatten(0, (-1, BLOCK_SIZE))
-    largest_rc = blocks.amax(dim=(1, 3)).float()
+    if num_rows % BLOCK_SIZE or num_columns % BLOCK_SIZE:
+        values_RC = F.pad(values_RC, (0, -num_columns % BLOCK_SIZE, 0, -num_rows % BLOCK_SIZE))
+    largest_Rc = values_RC.abs().unflatten(1, (-1, BLOCK_SIZE)).amax(2)
+    largest_rc = largest_Rc.unflatten(0, (-1, BLOCK_SIZE)).amax(1).float()
     # Below the smallest normal number, a scale would lack the bits that make its codes right.
     scales_rc = (largest_rc / _LARGEST_CODE).clamp_min(_SMALLEST_SCALE)
     return torch.where(largest_rc == 0, 1.0, scales_rc)
@@ -39,14 +40,14 @@ def quantize_blocks(values_RC: Tensor) -> tuple[Tensor, Tensor]:
     A finite value comes back within half a step of e4m3: |value| / 16, or scale / 1024 if that is larger.
     """
     scales_rc = block_scales(values_RC)
-    quotients_RC = values_RC.float() / expand_scales(scales_rc, values_RC.shape[0], values_RC.shape[1])
+    quotients_RC = values_RC / expand_scales(scales_rc, values_RC.shape[0], values_RC.shape[1])
     # Rounding may push the largest quotient above the largest code, which the cast would turn into NaN.
     return quotients_RC.clamp_(-_LARGEST_CODE, _LARGEST_CODE).to(FP8), scales_rc
 
 
 def dequantize_blocks(codes_RC: Tensor, scales_rc: Tensor, block_size: tuple[int, int] = (BLOCK_SIZE,) * 2) -> Tensor:
     """The values, float32 (R, C)."""
-    return codes_RC.float() * expand_scales(scales_rc, *codes_RC.shape, block_size)
+    return codes_RC.float() * expand_scales(scales_rc, codes_RC.shape[0], codes_RC.shape[1], block_size)
 
 
 def expand_scales(

@@ -1,0 +1,104 @@
+"""The folder that an export becomes: what it may replace, its small files, and how it takes its place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from titanmoe.checkpoint.files import sync_folder, write_whole
+from titanmoe.checkpoint.hf_folder import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, TOKENIZER_NAMES
+from titanmoe.config.errors import ConfigError
+from titanmoe.data.tokenizer import load_tokenizer
+
+logger = logging.getLogger("titanmoe.checkpoint")
+
+
+def check_target(target: Path, overwrite: bool, num_bytes: int) -> None:
+    """Whether a folder of this many bytes can be written to the (absolute) path.
+
+    Raises:
+        ConfigError: it is in use, its place cannot be written to, or there is too little space.
+    """
+    if target.exists() and not target.is_dir():
+        raise ConfigError("is a file, not a folder", where=str(target))
+    present = sorted(file.name for file in target.iterdir()) if target.is_dir() else []
+    if present and not overwrite:
+        raise ConfigError(
+            f"the folder is not empty ({present[0]})",
+            where=str(target),
+            mend="Name a new one, or ask to overwrite it (overwrite=True, --overwrite).",
+        )
+    if foreign := [name for name in present if not _is_of_an_export(name)]:
+        raise ConfigError(
+            f"the folder holds files that are not of a model export ({foreign[0]}), which are never deleted",
+            where=str(target),
+            mend="Name a new folder, or move them away.",
+        )
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir():
+        raise ConfigError("is a file, not a folder", where=str(parent))
+    if not os.access(parent, os.W_OK):
+        raise ConfigError("the folder cannot be written to", where=str(parent), mend="Name another one.")
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+        sizes = f"the weights take {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise ConfigError(f"too little space: {sizes}", where=str(target))
+
+
+def _is_of_an_export(name: str) -> bool:
+    known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *TOKENIZER_NAMES}
+    return name in known or (name.startswith("model-") and name.endswith(".safetensors"))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files and generation_config.json, which is made from the tokenizer where there is none.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+    """
+    names = [name for name in TOKENIZER_NAMES if (source / name).is_file()]
+    if not names:
+        raise ConfigError("the folder has no tokenizer (tokenizer.json)", where=str(source))
+    if (source / GENERATION_CONFIG_NAME).is_file():
+        names.append(GENERATION_CONFIG_NAME)
+    else:
+        write_json(folder / GENERATION_CONFIG_NAME, _token_ids(source))
+    for name in names:
+        write_whole(folder / name, (source / name).read_bytes())
+
+
+def _token_ids(folder: Path) -> dict[str, int]:
+    """Where generation begins, ends and is padded, as far as the tokenizer says it."""
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except ConfigError as error:
+        logger.info("%s names no token that ends a text: %s", GENERATION_CONFIG_NAME, error)
+        return {}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return {key: number for key, number in ids.items() if number is not None}
+
+
+def take_place(temporary: Path, target: Path) -> None:
+    """Put the finished folder where the target is to be. Between two renames, an old target is beside it, whole."""
+    if not target.exists() or not any(target.iterdir()):
+        temporary.replace(target)
+    else:
+        old = target.with_name(f"{temporary.name}.old")
+        target.replace(old)
+        try:
+            temporary.replace(target)
+        except OSError:
+            old.replace(target)
+            raise
+        shutil.rmtree(old)
+    sync_folder(target.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
