@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models.tiny_configs_c import VARIANTS
+from tests.models.tiny_configs_gpt_oss_llama4 import VARIANTS
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.family import family_of_hf_config, get_family
 from titanmoe.models.keys import map_keys

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import titanmoe
-from tests.models.tiny_configs_c import VARIANTS
+from tests.models.tiny_configs_gpt_oss_llama4 import VARIANTS
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.family import family_of_hf_config, get_family
 from titanmoe.models.keys import map_keys
