@@ -23,7 +23,7 @@ from titanmoe.checkpoint.run_state import RunState
 from titanmoe.config.changes import config_fingerprint
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
-from titanmoe.config.sizes import data_parallel_degrees, global_batch_size
+from titanmoe.config.sizes import check_experts_can_be_dealt, data_parallel_degrees, global_batch_size
 from titanmoe.config.validate import validate
 from titanmoe.data.loader import DataLoader, merge_states
 from titanmoe.data.sources import open_source
@@ -34,6 +34,7 @@ from titanmoe.metrics.logger import Metrics, build_metrics
 from titanmoe.metrics.throughput import StepTimer
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
+from titanmoe.models.spec import num_experts
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 from titanmoe.parallel.ranks import Ranks
@@ -90,6 +91,7 @@ class Trainer:
         self.family, self.spec = choose_model(
             model.name, model.flavor, model.hf_assets_path, selection_bias=config.moe.bias_update_rate > 0
         )
+        check_experts_can_be_dealt(config.parallelism.expert_parallel_degree, num_experts(self.spec))
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.hf_assets_path)
         check_vocab(self.tokenizer, self.spec.vocab_size)
         self.dump_folder = Path(config.job.dump_folder)
@@ -113,7 +115,8 @@ class Trainer:
         if config.debug.deterministic:
             set_deterministic(config.debug.deterministic_warn_only)
         replicate, shard = data_parallel_degrees(config, self.world.size)
-        self.mesh = Mesh.build(self.world.device, dp_replicate=replicate, dp_shard=shard)
+        expert = config.parallelism.expert_parallel_degree
+        self.mesh = Mesh.build(self.world.device, dp_replicate=replicate, dp_shard=shard, ep=expert)
         self.global_batch_size = global_batch_size(config, self.world.size)
         self.lanes_per_rank = self.global_batch_size // self.mesh.num_data_ranks
         self.num_microbatches = self.lanes_per_rank // config.training.local_batch_size
@@ -341,6 +344,7 @@ class Trainer:
                 self.spec,
                 self.mesh.describe(),
                 self.world.device,
+                num_devices=self.world.size,
                 global_batch_size=self.global_batch_size,
                 num_steps=self.num_steps,
                 first_step=self.first_step,

@@ -7,6 +7,7 @@ import pytest
 from titanmoe.config import ConfigError, load_config, validate, validate_keys
 from titanmoe.config.sizes import (
     accumulation_steps,
+    check_experts_can_be_dealt,
     data_parallel_degree,
     data_parallel_degrees,
     global_batch_size,
@@ -49,6 +50,30 @@ def test_degrees_that_do_not_fit(args, world_size, message):
         validate(load_config(None, args), world_size)
     assert message in str(error.value)
     assert "data_parallel_replicate_degree * data_parallel_shard_degree * tensor_parallel_degree" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "world_size", "message"),
+    [
+        (["--parallelism.expert_parallel_degree=3"], 8, "8 is not a multiple of 3"),
+        (["--parallelism.expert_parallel_degree=2"], 1, "1 is not a multiple of 2"),
+        (["--parallelism.expert_parallel_degree=8", f"{REPLICATE}=2"], 8, "4 is not a multiple of 8"),
+    ],
+)
+def test_experts_are_shared_by_ranks_that_share_shards(args, world_size, message):
+    with pytest.raises(ConfigError, match="must divide data_parallel_shard_degree") as error:
+        validate(load_config(None, args), world_size)
+    assert message in str(error.value)
+
+
+def test_experts_that_can_be_dealt_evenly():
+    check_experts_can_be_dealt(4, {8, 12})
+    check_experts_can_be_dealt(1, set())
+    with pytest.raises(ConfigError, match="12 experts cannot be dealt evenly to 8") as error:
+        check_experts_can_be_dealt(8, {12})
+    assert "1, 2, 3, 4, 6, 12" in str(error.value)
+    with pytest.raises(ConfigError, match="it has no experts"):
+        check_experts_can_be_dealt(2, set())
 
 
 @pytest.mark.parametrize(

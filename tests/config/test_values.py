@@ -69,7 +69,7 @@ def test_toml_values_that_fit(path, given, wanted):
         ("training.steps", {"a": 1}, "a section was given"),
         ("training.steps", [3], "the list [3] was given"),
         ("parallelism.tensor_parallel_degree", 2, "2 was given, but tensor parallelism is not supported yet"),
-        ("parallelism.expert_parallel_degree", 8, "expert parallelism is not supported yet"),
+        ("parallelism.expert_parallel_comm_backend", "deepep", "DeepEP is not supported yet"),
         ("model.converters", ["float8"], "not supported yet"),
         ("activation_checkpoint.mode", "memory_budget", '"memory_budget" is not supported yet'),
         ("fault_tolerance.enable", True, "not supported yet"),
@@ -135,7 +135,8 @@ def test_every_unsupported_key_is_refused_and_takes_its_default():
     for key in later:
         default = list(key.default) if isinstance(key.default, tuple) else key.default
         assert convert(default, key, "here") == key.default
-        changed = "fake_backend" if key.path == "comm.mode" else other[type(key.default)](default)
+        one_of = {"comm.mode": "fake_backend", "parallelism.expert_parallel_comm_backend": "deepep"}
+        changed = one_of.get(key.path) or other[type(key.default)](default)
         with pytest.raises(ConfigError, match="not supported yet"):
             convert(changed, key, "here")
 

@@ -51,9 +51,9 @@ def _reference(spec: DecoderSpec) -> tuple[float, dict[str, Tensor]]:
 
 
 def _on_rank(
-    spec: DecoderSpec, dp_replicate: int, dp_shard: int, mode: str, reshard: str
+    spec: DecoderSpec, dp_replicate: int, dp_shard: int, mode: str, reshard: str, ep: int = 1
 ) -> tuple[float, dict[str, Tensor]]:
-    mesh = Mesh.build(torch.device("cpu"), dp_replicate=dp_replicate, dp_shard=dp_shard)
+    mesh = Mesh.build(torch.device("cpu"), dp_replicate=dp_replicate, dp_shard=dp_shard, ep=ep)
     model = build_model(spec)
     parallelize(
         model,
@@ -91,6 +91,23 @@ def test_layout_equals_one_process(tied: bool, dp_replicate: int, dp_shard: int,
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "grouped-query"])
 def test_every_kind_of_layer_shards_and_recomputes(kind: str, mode: str) -> None:
     _compare(KINDS[kind], run_ranks(_on_rank, 2, KINDS[kind], 1, 2, mode, "always"))
+
+
+@pytest.mark.parametrize(
+    ("dp_replicate", "dp_shard", "ep", "mode", "reshard"),
+    [
+        (1, 2, 2, "none", "default"),
+        (1, 4, 2, "full", "always"),
+        (2, 2, 2, "selective", "default"),
+        (1, 2, 2, "selective", "never"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_on_several_ranks(
+    kind: str, dp_replicate: int, dp_shard: int, ep: int, mode: str, reshard: str
+) -> None:
+    results = run_ranks(_on_rank, dp_replicate * dp_shard, KINDS[kind], dp_replicate, dp_shard, mode, reshard, ep)
+    _compare(KINDS[kind], results)
 
 
 def _compare(spec: DecoderSpec, results: list[tuple[float, dict[str, Tensor]]]) -> None:

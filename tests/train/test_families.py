@@ -10,14 +10,16 @@ import torch
 from tests.parity.reference import random_model
 from tests.parity.variants import VARIANTS
 from tests.train.jobs import assert_close, run, write_job
+from titanmoe.checkpoint.pretrained import spec_of_hf_folder
 from titanmoe.models.family import FAMILIES
+from titanmoe.models.spec import num_experts
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_transformers_to_transformers(family: str, tmp_path: Path) -> None:
-    """Two ranks with recomputation equal one without; what is left behind loads and has learned."""
+    """Two ranks, with experts dealt and recomputation, equal one process; what is left behind loads and has learned."""
     model_type, options = next(iter(VARIANTS[family].values()))
     # The built-in tokenizer's vocabulary, and weights as small as real ones.
     options = {**options, "vocab_size": 2048, "initializer_range": 0.02}
@@ -33,7 +35,9 @@ def test_from_transformers_to_transformers(family: str, tmp_path: Path) -> None:
         "--data.document_mask",
     )
     run(job, tmp_path / "one", *args)
-    two = ("--training.local_batch_size=2", "--activation_checkpoint.mode=full")
+    two = ["--training.local_batch_size=2", "--activation_checkpoint.mode=full"]
+    if any(number % 2 == 0 for number in num_experts(spec_of_hf_folder(tmp_path / "model")[1])):
+        two.append("--parallelism.expert_parallel_degree=2")
     run(job, tmp_path / "two", *args, *two, ranks=2)
     assert_close(tmp_path / "two", tmp_path / "one")
     folder = tmp_path / "two" / "checkpoint" / "step-8-hf"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
 
@@ -42,6 +45,44 @@ def data_parallel_degrees(config: JobConfig, world_size: int) -> tuple[int, int]
         where="[parallelism]",
         mend=mend,
     )
+
+
+def check_expert_parallel_degree(config: JobConfig, world_size: int) -> None:
+    """
+    Raises:
+        ConfigError: the ranks that share experts are not a part of those that share shards.
+    """
+    degree = config.parallelism.expert_parallel_degree
+    _, shard = data_parallel_degrees(config, world_size)
+    if shard % degree:
+        raise ConfigError(
+            f"expert_parallel_degree must divide data_parallel_shard_degree: {shard} is not a multiple of {degree}",
+            where="parallelism.expert_parallel_degree",
+            mend=f"Choose one of {_divisors(shard)}.",
+        )
+
+
+def check_experts_can_be_dealt(degree: int, num_experts: Collection[int]) -> None:
+    """
+    Args:
+        degree: of expert parallelism.
+        num_experts: what the layers of the model have; empty if it has no MoE layer.
+
+    Raises:
+        ConfigError: not every rank would get the same number of experts.
+    """
+    common = math.gcd(*num_experts)
+    if degree > 1 and (not num_experts or common % degree):
+        what = f"{common} experts cannot be dealt evenly to {degree} ranks" if num_experts else "it has no experts"
+        raise ConfigError(
+            f"the model cannot be split over experts: {what}",
+            where="parallelism.expert_parallel_degree",
+            mend=f"Choose one of {_divisors(max(common, 1))}.",
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def data_parallel_degree(config: JobConfig, world_size: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 import torch
 
@@ -22,6 +21,7 @@ def describe_run(
     mesh: Mapping[str, int],
     device: torch.device,
     *,
+    num_devices: int,
     global_batch_size: int,
     num_steps: int,
     first_step: int,
@@ -33,7 +33,7 @@ def describe_run(
         num_parameters=count.total,
         num_active_parameters=count.active,
         device="CPU" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        num_devices=prod(mesh.values()),
+        num_devices=num_devices,
         mesh=", ".join(f"{axis} {size}" for axis, size in mesh.items()),
         global_batch_size=global_batch_size,
         seq_len=config.training.seq_len,

@@ -205,3 +205,8 @@ def with_selection_bias(spec: DecoderSpec) -> DecoderSpec:
         return replace(layer, feed_forward=replace(moe, router=replace(moe.router, selection_bias=True)))
 
     return replace(spec, layers=tuple(biased(layer) for layer in spec.layers))
+
+
+def num_experts(spec: DecoderSpec) -> set[int]:
+    """Every number of experts that a layer of the model has; empty for a dense model."""
+    return {layer.feed_forward.num_experts for layer in spec.layers if isinstance(layer.feed_forward, MoE)}

@@ -10,7 +10,12 @@ import functools
 from typing import Any, Literal
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from titanmoe.models.decoder import Decoder
 
@@ -30,6 +35,14 @@ _PRODUCTS = _CHOICES | {
 """What selective checkpointing by op keeps: products and attention. Norms, activations and moves are recomputed."""
 
 
+_MARKS = (
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+)
+"""What FSDP puts around the gathering of its parameters. That of experts is inside a block, and is not the same the
+second time; with these two ignored, selective checkpointing does not mind."""
+
+
 def recomputed_blocks(num_layers: int, mode: Mode, option: str) -> list[bool]:
     """Which blocks are recomputed whole: all ("full"), every n-th ("selective" with option n), or none."""
     if mode == "full":
@@ -45,6 +58,7 @@ def apply_activation_checkpoint(
     """Wrap the forward of the blocks that `mode` asks for. Names of modules and parameters do not change."""
     if mode == "none":
         return
+    SAC_IGNORED_OPS.update(_MARKS)
     whole = recomputed_blocks(len(model.layers), mode, option)
     for block, is_whole in zip(model.layers.values(), whole, strict=True):
         if is_whole or option == "op":

@@ -29,7 +29,10 @@ def apply_fsdp(
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     reshard = reshard_after_forward != "never"
-    for block in model.layers.values():
+    for block in model.blocks():
+        if mesh.ep > 1 and block.moe is not None:
+            # A group of their own, since they are sharded over fewer ranks.
+            fully_shard(block.moe.experts, mesh=mesh.fsdp_of_experts, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
     if model.output is not None:  # a tied embedding is used at both ends, so it stays in the root's group
         fully_shard(model.tok_embeddings, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)

@@ -1,4 +1,5 @@
-"""From a meta model to one that runs on a mesh, in the order that composes: recomputation, compilation, sharding."""
+"""From a meta model to one that runs on a mesh, in the order that composes: recomputation, compilation, experts,
+sharding."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 
 from titanmoe.models.decoder import Decoder
 from titanmoe.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
+from titanmoe.parallel.expert import apply_expert_parallel
 from titanmoe.parallel.fsdp import Reshard, apply_fsdp
 from titanmoe.parallel.mesh import Mesh
 
@@ -39,6 +41,8 @@ def parallelize(
     if compile_backend is not None:
         for block in model.layers.values():
             block.compile(backend=compile_backend)
+    if mesh.ep > 1:
+        apply_expert_parallel(model, mesh.expert)
     stored_dtype = next(model.parameters()).dtype
     sums_differently = accumulates and reduce_dtype != stored_dtype
     if mesh.num_data_ranks > 1 or stored_dtype != param_dtype or sums_differently:

@@ -10,7 +10,6 @@ from titanmoe.config.keys import key
 _NO_TENSOR = "parallelism.tensor_parallel_degree is 1"
 _NO_PIPELINE = "parallelism.pipeline_parallel_degree is 1"
 _NO_CONTEXT = "parallelism.context_parallel_degree is 1"
-_NO_EXPERT = "parallelism.expert_parallel_degree is 1"
 _NO_BUDGET = 'activation_checkpoint.mode is not "memory_budget"'
 
 
@@ -75,13 +74,14 @@ class Parallelism:
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = key("allgather", inert=_NO_CONTEXT)
     """How keys and values travel between ranks."""
 
-    expert_parallel_degree: int = key(1, at_least=1, later="expert parallelism")
-    """Ranks over which experts are dealt."""
+    expert_parallel_degree: int = key(1, at_least=1)
+    """Ranks over which the experts of each layer are dealt; tokens travel to their experts. These ranks are among those
+    of `data_parallel_shard_degree`, which it must divide, and not in addition to them."""
 
     expert_tensor_parallel_degree: int = key(1, at_least=1, later="expert tensor parallelism")
     """Ranks over which each expert is split."""
 
-    expert_parallel_comm_backend: Literal["standard", "deepep"] = key("standard", inert=_NO_EXPERT)
+    expert_parallel_comm_backend: Literal["standard", "deepep"] = key("standard", later="DeepEP")
     """What carries tokens to their experts."""
 
 

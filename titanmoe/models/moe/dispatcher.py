@@ -6,23 +6,36 @@ Shape suffixes: T tokens, D model dim, K experts per token, R routed rows, E exp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from titanmoe.ops.permute import Permutation, combine, permute, permute_weights, sort_by_expert
+from titanmoe.ops.permute import combine, permute, permute_weights, sort_by_expert
 
 
 @dataclass(frozen=True)
 class Routed:
-    """What the experts see, and what is needed to bring their results back."""
+    """What the experts see, and what the dispatcher needs to bring their results back.
+
+    Attributes:
+        offsets_E: int32, the end of each expert's rows; of the experts in this process.
+        journey: the dispatcher's own.
+    """
 
     x_RD: Tensor
     weights_R: Tensor
-    permutation: Permutation
+    offsets_E: Tensor
+    journey: Any
 
-    @property
-    def offsets_E(self) -> Tensor:
-        return self.permutation.offsets_E
+
+class Dispatcher(Protocol):
+    """Brings tokens to their experts and back; replaced where the experts are on several ranks."""
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, align: int) -> Routed:
+        """Rows sorted by expert, each expert's padded to a multiple of `align`."""
+
+    def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
+        """y_TD: the sum of every token's rows."""
 
 
 class LocalDispatcher:
@@ -34,8 +47,9 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, align: int) -> Routed:
         """`align`: each expert's rows are padded to a multiple of this."""
         permutation = sort_by_expert(experts_TK, self.num_experts, align)
-        return Routed(permute(x_TD, permutation), permute_weights(weights_TK, permutation), permutation)
+        x_RD, weights_R = permute(x_TD, permutation), permute_weights(weights_TK, permutation)
+        return Routed(x_RD, weights_R, permutation.offsets_E, permutation)
 
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
         """y_TD: the sum of every token's rows."""
-        return combine(y_RD, routed.permutation)
+        return combine(y_RD, routed.journey)

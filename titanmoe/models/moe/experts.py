@@ -13,6 +13,7 @@ from titanmoe.models.spec import MoE
 from titanmoe.ops.clamped_swiglu import clamped_swiglu
 from titanmoe.ops.expert_bias import add_expert_bias
 from titanmoe.ops.grouped_mm import grouped_mm
+from titanmoe.ops.sharding import local_tensor
 from titanmoe.ops.swiglu import swiglu
 
 
@@ -38,13 +39,16 @@ class Experts(nn.Module):
         weights: Tensor | None = weights_R
         if self.spec.router.weight_on == "input":
             x_RD, weights = x_RD * weights_R.to(x_RD.dtype)[:, None], None
-        gate_up_R2H = grouped_mm(x_RD, self.gate_up.flatten(1, 2), offsets_E)
+        # Local: of the experts in this process, which may not be all.
+        gate_up_R2H = grouped_mm(x_RD, local_tensor(self.gate_up).flatten(1, 2), offsets_E)
         if self.gate_up_bias is not None:
-            gate_up_R2H = add_expert_bias(gate_up_R2H, self.gate_up_bias.flatten(1, 2), offsets_E)
+            gate_up_R2H = add_expert_bias(gate_up_R2H, local_tensor(self.gate_up_bias).flatten(1, 2), offsets_E)
         activation = self.spec.activation
         if activation is None:
             h_RH = swiglu(gate_up_R2H, weights)
         else:
             h_RH = clamped_swiglu(gate_up_R2H, weights, activation.limit, activation.alpha)
-        y_RD = grouped_mm(h_RH, self.down, offsets_E)
-        return y_RD if self.down_bias is None else add_expert_bias(y_RD, self.down_bias, offsets_E, weights)
+        y_RD = grouped_mm(h_RH, local_tensor(self.down), offsets_E)
+        if self.down_bias is None:
+            return y_RD
+        return add_expert_bias(y_RD, local_tensor(self.down_bias), offsets_E, weights)

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from titanmoe.models.feed_forward import FeedForward
-from titanmoe.models.moe.dispatcher import LocalDispatcher
+from titanmoe.models.moe.dispatcher import Dispatcher, LocalDispatcher
 from titanmoe.models.moe.experts import Experts
 from titanmoe.models.moe.router import Router
 from titanmoe.models.spec import MoE
@@ -21,7 +21,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.router = Router(dim, spec)
-        self.dispatcher = LocalDispatcher(spec.num_experts)
+        self.dispatcher: Dispatcher = LocalDispatcher(spec.num_experts)
         self.experts = Experts(dim, spec)
         self.shared_experts = FeedForward(dim, spec.shared) if spec.shared else None
 

@@ -1,0 +1,89 @@
+"""Expert parallelism: the experts are dealt to the ranks of a group, and tokens travel to them and back.
+
+Shape suffixes: T tokens, D model dim, E experts of all ranks, L experts of this rank, K experts per token, S = T * K
+rows sent, A rows arrived, R rows as the experts see them, G ranks in the group.
+
+A rank sends S rows and receives A; over the group as many arrive as are sent. The numbers are known only on the
+devices, and a collective wants them on the hosts: that is the one time per layer and forward that a host waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from titanmoe.models.decoder import Decoder
+from titanmoe.models.moe.dispatcher import Routed
+from titanmoe.ops.permute import Permutation, combine, permute, permute_weights, sort_by_expert
+
+
+def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+    """Split the experts of every MoE layer over `mesh`, which has one axis; the model is on the meta device.
+
+    Parameters of the experts become DTensors, sharded by expert; dispatchers are replaced. The number of experts must
+    be a multiple of the number of ranks.
+    """
+    for _, layer in model.moe_layers():
+        for name, parameter in list(layer.experts.named_parameters(recurse=False)):
+            num_experts = parameter.shape[0] // mesh.size()
+            assert num_experts * mesh.size() == parameter.shape[0], "validated"
+            sharded = DTensor.from_local(parameter[:num_experts].detach(), mesh, [Shard(0)], run_check=False)
+            setattr(layer.experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+        layer.dispatcher = AllToAllDispatcher(layer.spec.num_experts, mesh.get_group())
+
+
+@dataclass(frozen=True)
+class _Journey:
+    """How rows came, for the way back."""
+
+    sent: Permutation
+    num_sent_G: list[int]
+    num_arrived_G: list[int]
+    arrived: Permutation
+
+
+class AllToAllDispatcher:
+    """Rows are sorted by expert, sent to the rank that has the expert, and sorted by expert there."""
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
+        self.num_experts = num_experts
+        self.group = group
+
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, align: int) -> Routed:
+        """Collective. `align`: each expert's rows are padded to a multiple of this, where they arrive."""
+        num_ranks = self.group.size()
+        num_local = self.num_experts // num_ranks
+        sent = sort_by_expert(experts_TK, self.num_experts)
+        num_sent_GL = sent.offsets_E.long().diff(prepend=sent.offsets_E.new_zeros(1)).view(num_ranks, num_local)
+        num_arrived_GL = torch.empty_like(num_sent_GL)
+        dist.all_to_all_single(num_arrived_GL, num_sent_GL, group=self.group)
+        sent_G, arrived_G = torch.stack([num_sent_GL.sum(1), num_arrived_GL.sum(1)]).tolist()
+
+        x_AD = _exchange(permute(x_TD, sent), arrived_G, sent_G, self.group)
+        weights_A = _exchange(permute_weights(weights_TK, sent), arrived_G, sent_G, self.group)
+        # What arrives is ordered by where it came from, then by expert.
+        experts_GL = torch.arange(num_local, device=x_TD.device).expand(num_ranks, num_local)
+        experts_A = torch.repeat_interleave(
+            experts_GL.reshape(-1), num_arrived_GL.reshape(-1), output_size=sum(arrived_G)
+        )
+        arrived = sort_by_expert(experts_A[:, None], num_local, align)
+        journey = _Journey(sent, sent_G, arrived_G, arrived)
+        x_RD, weights_R = permute(x_AD, arrived), permute_weights(weights_A[:, None], arrived)
+        return Routed(x_RD, weights_R, arrived.offsets_E, journey)
+
+    def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
+        """y_TD: the sum of every token's rows. Collective."""
+        journey = cast(_Journey, routed.journey)
+        y_AD = combine(y_RD, journey.arrived)
+        return combine(_exchange(y_AD, journey.num_sent_G, journey.num_arrived_G, self.group), journey.sent)
+
+
+def _exchange(rows: Tensor, num_arriving_G: list[int], num_sent_G: list[int], group: Any) -> Tensor:
+    return all_to_all_single_autograd(rows.contiguous(), num_arriving_G, num_sent_G, group)
