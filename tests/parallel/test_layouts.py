@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -21,12 +22,26 @@ from titanmoe.parallel.parallelize import parallelize
 
 SPEC = KINDS["grouped-query"]
 GLOBAL_BATCH, SEQ_LEN = 4, 33
+Change = Callable[[Decoder], None]
 
 
 def _batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(97, (GLOBAL_BATCH, SEQ_LEN), generator=generator)
     return tokens, tokens.roll(-1, dims=1)
+
+
+def _all_to_one(model: Decoder) -> None:
+    """Every token chooses the last expert first, and its group's neighbours."""
+    for _, layer in model.moe_layers():
+        assert layer.router.expert_bias is not None
+        layer.router.expert_bias[-1] = 100.0
+        layer.router.expert_bias[-3:-1] = 50.0
+
+
+def _freeze_experts(model: Decoder) -> None:
+    for _, layer in model.moe_layers():
+        layer.experts.requires_grad_(False)
 
 
 def _step(model: Decoder, tokens: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
@@ -40,18 +55,29 @@ def _step(model: Decoder, tokens: Tensor, labels: Tensor) -> tuple[float, dict[s
     grads = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad
+        if grad is None:
+            assert not parameter.requires_grad, name
+            continue
         grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
     return total.item(), grads
 
 
-def _reference(spec: DecoderSpec) -> tuple[float, dict[str, Tensor]]:
+def _reference(spec: DecoderSpec, change: Change | None = None) -> tuple[float, dict[str, Tensor]]:
     model = build_model(spec, device="cpu")
     init_weights(model, seed=3)
+    if change is not None:
+        change(model)
     return _step(model, *_batch())
 
 
 def _on_rank(
-    spec: DecoderSpec, dp_replicate: int, dp_shard: int, mode: str, reshard: str, ep: int = 1
+    spec: DecoderSpec,
+    dp_replicate: int,
+    dp_shard: int,
+    mode: str,
+    reshard: str,
+    ep: int = 1,
+    change: Change | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     mesh = Mesh.build(torch.device("cpu"), dp_replicate=dp_replicate, dp_shard=dp_shard, ep=ep)
     model = build_model(spec)
@@ -65,6 +91,8 @@ def _on_rank(
     )
     materialize(model, "cpu")
     init_weights(model, seed=3)
+    if change is not None:
+        change(model)
     rows = GLOBAL_BATCH // mesh.num_data_ranks
     mine = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
     tokens, labels = _batch()
@@ -110,13 +138,21 @@ def test_experts_on_several_ranks(
     _compare(KINDS[kind], results)
 
 
-def _compare(spec: DecoderSpec, results: list[tuple[float, dict[str, Tensor]]]) -> None:
-    loss, grads = _reference(spec)
+@pytest.mark.parametrize("change", [_all_to_one, _freeze_experts])
+@pytest.mark.parametrize(("dp_shard", "ep", "mode"), [(2, 2, "full"), (4, 2, "none"), (4, 4, "selective")])
+def test_experts_that_get_all_or_learn_nothing(change: Change, dp_shard: int, ep: int, mode: str) -> None:
+    """Ranks that no token comes to, and experts without gradients."""
+    spec = KINDS["latent"]
+    _compare(spec, run_ranks(_on_rank, dp_shard, spec, 1, dp_shard, mode, "default", ep, change), change)
+
+
+def _compare(spec: DecoderSpec, results: list[tuple[float, dict[str, Tensor]]], change: Change | None = None) -> None:
+    loss, grads = _reference(spec, change)
     for rank_loss, rank_grads in results:
         assert rank_loss == pytest.approx(loss, rel=1e-6)
         assert rank_grads.keys() == grads.keys()
         for name, grad in grads.items():
-            error = (rank_grads[name] - grad).abs().max() / grad.abs().max()
+            error = (rank_grads[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-30)
             assert error < 1e-5, f"{name}: relative error {error:.2e}"
 
 

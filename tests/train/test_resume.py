@@ -22,6 +22,7 @@ from tests.train.jobs import (
 
 SAVE = ("--checkpoint.enable", "--training.steps=20")
 REPLICATE = "--parallelism.data_parallel_replicate_degree=2"
+EXPERT = "--parallelism.expert_parallel_degree=2"
 BF16 = "--training.mixed_precision_param=bfloat16"
 
 CASES = {
@@ -41,6 +42,18 @@ CASES = {
         ("--training.dataloader.num_workers=2", "--training.dataloader.prefetch_factor=3", "--data.document_mask"),
     ),
     "activation checkpoint": (1, ("--activation_checkpoint.mode=selective", "--activation_checkpoint.early_stop")),
+    "ep 2 of 4, bias update": (4, ("--training.local_batch_size=1", EXPERT, "--moe.bias_update_rate=0.01")),
+    "hsdp 2x2, ep 2, async, AdamW8bit": (
+        4,
+        (
+            "--training.local_batch_size=1",
+            REPLICATE,
+            EXPERT,
+            "--checkpoint.async_mode=async",
+            "--optimizer.name=AdamW8bit",
+        ),
+    ),
+    "ep 2, bfloat16 compute": (2, ("--training.local_batch_size=2", EXPERT, BF16)),
     "bias update": (1, ("--moe.bias_update_rate=0.01", "--moe.aux_loss_coeff=0.01")),
     "compiled": (1, ("--compile.enable", "--compile.backend=aot_eager")),
 }
@@ -87,13 +100,24 @@ def test_the_checkpoint_holds_what_the_cases_say(tmp_path: Path) -> None:
     assert found["model.layers.1.moe.router.expert_bias"].abs().max() > 0
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (4, 2)])
-def test_resume_on_another_number_of_ranks(first: int, then: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((2,), (1,)),
+        ((1,), (2,)),
+        ((4,), (2,)),
+        ((4, EXPERT), (1,)),
+        ((2, EXPERT), (4, REPLICATE)),
+        ((2,), (4, EXPERT.replace("=2", "=4"))),
+    ],
+)
+def test_resume_on_another_layout(first: tuple, then: tuple, tmp_path: Path) -> None:
+    """The number of ranks, and options, before and after."""
     job = write_job(tmp_path)
     run(job, tmp_path / "whole", *SAVE)
-    before, after = (f"--training.local_batch_size={4 // ranks}" for ranks in (first, then))
-    run(job, tmp_path / "parts", *SAVE, before, ranks=first, before=signal_at(10), code=75)
-    run(job, tmp_path / "parts", *SAVE, after, ranks=then)
+    before, after = ((f"--training.local_batch_size={4 // ranks}", *options) for ranks, *options in (first, then))
+    run(job, tmp_path / "parts", *SAVE, *before, ranks=first[0], before=signal_at(10), code=75)
+    run(job, tmp_path / "parts", *SAVE, *after, ranks=then[0])
     assert_close(tmp_path / "parts", tmp_path / "whole")
 
 
