@@ -31,6 +31,8 @@ from titanmoe.data.tokenizer import check_vocab, load_tokenizer
 from titanmoe.metrics.describe import describe_run, work_per_token
 from titanmoe.metrics.expert_load import load_summary
 from titanmoe.metrics.logger import Metrics, build_metrics
+from titanmoe.metrics.progress import progress_bar
+from titanmoe.metrics.terminal import current_terminal
 from titanmoe.metrics.throughput import StepTimer
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
@@ -248,7 +250,12 @@ class Trainer:
         elif checkpoint.initial_load_in_hf:
             folder = path or self.config.model.hf_assets_path
             assert folder is not None, "validated"
-            load_hf_weights(self.model, folder, self.family)
+            terminal = current_terminal()
+            bar = partial(progress_bar(terminal), "read") if self.world.rank == 0 else None
+            try:
+                load_hf_weights(self.model, folder, self.family, on_progress=bar)
+            finally:
+                terminal.clear_bar()
         elif path is not None and checkpoint.initial_load_model_only:
             self.checkpointer.load_model(path, self.model)
         elif path is not None:

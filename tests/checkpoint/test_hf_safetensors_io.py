@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from pathlib import Path
@@ -13,8 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from titanmoe.checkpoint import safetensors_io
-from titanmoe.checkpoint.safetensors_io import DTYPES, TensorReader, TensorWriter, read_header
+from titanmoe.checkpoint.safetensors_io import DTYPES, TensorWriter, read_header
 from titanmoe.config.errors import ConfigError
 
 
@@ -83,52 +81,6 @@ def test_headers_equal_the_library_s(tmp_path: Path) -> None:
             assert info.dtype == file.get_slice(key).get_dtype()
 
 
-@pytest.mark.parametrize("staging_bytes", [1, 40, 1 << 24])
-@pytest.mark.parametrize("shape", [(9,), (7, 6), (4, 5, 3)])
-def test_every_region_equals_the_library_s_slice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], staging_bytes: int
-) -> None:
-    monkeypatch.setattr(safetensors_io, "_STAGING_BYTES", staging_bytes)
-    path = tmp_path / "file.safetensors"
-    save_file({"before": torch.ones(3), "x": _random(shape, torch.float32)}, path)
-    info = read_header(path)["x"]
-    ranges = [[(0, size), (1, size), (0, size - 1), (2, 3), (1, 1)] for size in shape]
-    with safe_open(path, "pt") as library, TensorReader(path) as reader:
-        for region in itertools.product(*ranges):
-            slices = tuple(slice(begin, end) for begin, end in region)
-            expected = library.get_slice("x")[slices]
-            offset = [begin for begin, _ in region]
-            for into in (torch.zeros(expected.shape), torch.zeros(expected.shape, dtype=torch.float64)):
-                reader.read(info, into, offset)
-                assert torch.equal(into, expected.to(into.dtype)), region
-            # A destination with holes, as a slice of a parameter may be.
-            holder = torch.zeros((*expected.shape, 2))
-            reader.read(info, holder[..., 1], offset)
-            assert torch.equal(holder[..., 1], expected)
-            assert not holder[..., 0].any()
-
-
-def test_scalars_and_rounding(tmp_path: Path) -> None:
-    path = tmp_path / "file.safetensors"
-    values = _random((33, 5), torch.float32)
-    save_file({"scalar": torch.tensor(1.5), "x": values}, path)
-    header = read_header(path)
-    scalar, rounded = torch.zeros(()), torch.zeros(33, 5, dtype=torch.bfloat16)
-    with TensorReader(path) as reader:
-        reader.read(header["scalar"], scalar)
-        reader.read(header["x"], rounded)
-    assert scalar == 1.5
-    assert torch.equal(rounded, values.bfloat16())
-
-
-def test_only_the_rows_wanted_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "file.safetensors"
-    save_file({"x": _random((10, 4), torch.float32)}, path)
-    with TensorReader(path) as reader:
-        reader.read(read_header(path)["x"], torch.zeros(3, 4, dtype=torch.bfloat16), (5, 0))
-        assert reader.bytes_read == 3 * 4 * 4
-
-
 def _damage_header(path: Path, change: dict[str, object]) -> None:
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
@@ -171,16 +123,3 @@ def test_damaged_files_are_named(tmp_path: Path, damage, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         read_header(path)
     assert str(path) in str(caught.value)
-
-
-def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "file.safetensors"
-    save_file({"x": _random((3, 4), torch.float32)}, path)
-    info = read_header(path)["x"]
-    with TensorReader(path) as reader:
-        os.truncate(path, path.stat().st_size - 4)
-        with pytest.raises(ConfigError, match="ended while it was being read"):
-            reader.read(info, torch.zeros(3, 4))
-    path.unlink()
-    with pytest.raises(ConfigError, match="cannot be read"):
-        TensorReader(path)

@@ -19,9 +19,8 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.checkpoint.quantized_files import Checkpoint, random_weights, write_folder
 from tests.checkpoint.test_quantization import GPT_OSS, LLAMA_FBGEMM, QWEN3_FP8, compressed_tensors
-from tests.ranks import run_ranks
+from tests.ranks import full_tensor, run_ranks
 from titanmoe.checkpoint.hf_load import load_hf_weights
-from titanmoe.checkpoint.model_tensors import full_tensor
 from titanmoe.checkpoint.pretrained import from_pretrained, spec_of_hf_folder
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.build import build_model, materialize

@@ -1,7 +1,7 @@
-"""Filling regions of memory from the rows of files: chunk by chunk, in the order of the bytes, by a few threads.
+"""Filling regions of memory from the rows of files: chunk by chunk, by a few threads.
 
 One thread would leave the disk idle while it converts, copies, or waits for the system to hand out fresh pages of the
-memory that it fills. Which thread takes which chunk is chance; what is in the memory afterwards is not.
+memory that it fills.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from math import prod
 from queue import SimpleQueue
 
@@ -48,13 +47,7 @@ class Region:
     @property
     def num_bytes(self) -> int:
         """What is read of the tensor that holds the values: whole rows, unless it is straight; no scales."""
-        return self.num_bytes_of(self.into, prod(self.into.shape[: self.num_row_dims]))
-
-    def num_bytes_of(self, into: Tensor, num_rows: int) -> int:
-        """What is read for `into`, a part of the region in `num_rows` rows."""
-        if self.is_straight:
-            return into.numel() * into.element_size()
-        return self.source.info.num_bytes * num_rows // prod(self.sizes[: self.num_row_dims])
+        return _Chunk(self, self.into, 0, prod(self.into.shape[: self.num_row_dims])).num_bytes
 
     def chunks(self) -> Iterator[_Chunk]:
         """The region in pieces that are whole rows of the source, one after the other, in the order of the file."""
@@ -92,6 +85,14 @@ class _Chunk:
     first_row: int
     num_rows: int
 
+    @property
+    def num_bytes(self) -> int:
+        """As `Region.num_bytes`."""
+        if self.region.is_straight:
+            return self.into.numel() * self.into.element_size()
+        num_rows = prod(self.region.sizes[: self.region.num_row_dims])
+        return self.region.source.info.num_bytes * self.num_rows // num_rows
+
     def read(self, files: Files) -> None:
         source, num_row_dims = self.region.source, self.region.num_row_dims
         column_sizes, column_offsets = self.region.sizes[num_row_dims:], self.region.offsets[num_row_dims:]
@@ -112,7 +113,7 @@ class _Chunk:
 
 
 def fill(regions: Iterable[Region], files: Files, on_progress: Callable[[int], None] | None = None) -> None:
-    """Read every region, in the order of the files' bytes; each thread stages at most 4 MiB of values (or a row).
+    """Read every region. Each thread goes through a part of the bytes of its own, staging at most 4 MiB (or a row).
 
     Args:
         on_progress: called on this thread with the bytes read so far, after each chunk.
@@ -120,26 +121,22 @@ def fill(regions: Iterable[Region], files: Files, on_progress: Callable[[int], N
     Raises:
         ConfigError: what one of the sources raised; nothing more is read then.
     """
-    regions = sorted(regions, key=lambda region: (region.source.info.path, region.source.info.start))
-    chunks = chain.from_iterable(region.chunks() for region in regions)
-    lock, stop = threading.Lock(), threading.Event()
+    stop = threading.Event()
     # What the threads report: bytes read, why one gave up, or that one has ended.
     reports: SimpleQueue[int | BaseException | None] = SimpleQueue()
 
-    def work() -> None:
+    def work(chunks: list[_Chunk]) -> None:
         try:
-            while not stop.is_set():
-                with lock:
-                    chunk = next(chunks, None)
-                if chunk is None:
+            for chunk in chunks:
+                if stop.is_set():
                     break
                 chunk.read(files)
-                reports.put(chunk.region.num_bytes_of(chunk.into, chunk.num_rows))
+                reports.put(chunk.num_bytes)
         except BaseException as error:  # raised again by the thread that waits
             reports.put(error)
         reports.put(None)
 
-    threads = [threading.Thread(target=work, name=f"read weights {index}") for index in range(_NUM_THREADS)]
+    threads = [threading.Thread(target=work, args=(chunks,)) for chunks in _parts(regions) if chunks]
     num_bytes = 0
     try:
         for thread in threads:
@@ -160,3 +157,18 @@ def fill(regions: Iterable[Region], files: Files, on_progress: Callable[[int], N
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
+
+
+def _parts(regions: Iterable[Region]) -> list[list[_Chunk]]:
+    """The chunks in as many parts as there are threads, of about as many bytes each.
+
+    Parts are whole stretches of the files: systems read ahead for who reads on and on, not for who takes turns.
+    """
+    regions = sorted(regions, key=lambda region: (region.source.info.path, region.source.info.start))
+    total, num_bytes = sum(region.num_bytes for region in regions), 0
+    parts: list[list[_Chunk]] = [[] for _ in range(_NUM_THREADS)]
+    for region in regions:
+        for chunk in region.chunks():
+            parts[num_bytes * _NUM_THREADS // total].append(chunk)
+            num_bytes += chunk.num_bytes
+    return parts

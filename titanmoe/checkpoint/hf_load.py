@@ -35,6 +35,7 @@ from titanmoe.models.family import Family
 from titanmoe.models.keys import Piece, Rule, map_keys, pieces_of
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.sharding import local_box, local_tensor
+from titanmoe.parallel.host_memory import prefer_huge_pages
 
 logger = logging.getLogger("titanmoe.checkpoint")
 
@@ -90,7 +91,9 @@ def load_hf_weights(
     # Kept out of what `on_all` returns, which every rank would receive from every other.
     ranks.on_all(lambda: plans.append(_plan(tensors, require_folder(folder), family, model.spec)))
     report = on_progress or partial(log_progress(), "read")
-    return ranks.on_all(lambda: _read(plans[0], tensors, folder, report))[ranks.rank]
+    # Ranks of one machine may read the same rows, the second time from the cache; one rank reads them once.
+    files = Files(fill_cache=ranks.size > 1)
+    return ranks.on_all(lambda: _read(plans[0], tensors, folder, files, report))[ranks.rank]
 
 
 def _plan(tensors: Mapping[str, Tensor], folder: Path, family: Family, spec: DecoderSpec) -> _Plan:
@@ -198,6 +201,8 @@ def _regions(
 ) -> list[Region]:
     """What this rank reads, and where it goes."""
     shards = {name: (local_tensor(tensor.detach()), local_box(tensor).offsets) for name, tensor in tensors.items()}
+    for shard, _ in shards.values():
+        prefer_huge_pages(shard)
     regions = []
     for key, (name, piece) in by_file_key.items():
         into, offsets = shards[name]
@@ -211,18 +216,23 @@ def _regions(
 
 def _region(source: RowSource, piece: Piece, into: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Region:
     """`into` is this rank's part of the slice that the piece fills, `sizes` are the whole slice's."""
+    if not sizes:
+        return Region(source, into.view(1), (0,), (1,), 0)
     unmerged = piece.unmerged(sizes)
     num_column_dims = 1 if piece.axes is None else len(piece.axes.groups[-1])
-    num_row_dims = max(len(unmerged) - num_column_dims, 0)
-    return Region(source, piece.in_file_order(into), piece.unmerged(offsets), unmerged, num_row_dims)
+    return Region(source, piece.in_file_order(into), piece.unmerged(offsets), unmerged, len(unmerged) - num_column_dims)
 
 
 def _read(
-    plan: _Plan, tensors: Mapping[str, Tensor], folder: str | Path, on_progress: Callable[[int, int], None]
+    plan: _Plan,
+    tensors: Mapping[str, Tensor],
+    folder: str | Path,
+    files: Files,
+    on_progress: Callable[[int, int], None],
 ) -> LoadSummary:
     start = time.perf_counter()
     total = sum(region.num_bytes for region in plan.regions)
-    with Files() as files:
+    with files:
         fill(plan.regions, files, lambda done: on_progress(done, total))
         seconds = time.perf_counter() - start
         speed = files.bytes_read / max(seconds, 1e-9)

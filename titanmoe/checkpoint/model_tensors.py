@@ -24,12 +24,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered if it is sharded (every rank must then call this); outside autograd."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def ranks_sharing(tensors: Iterable[Tensor]) -> Ranks:
     """All ranks of the job if any tensor is a DTensor, else this rank alone."""
     if not any(isinstance(tensor, DTensor) for tensor in tensors):

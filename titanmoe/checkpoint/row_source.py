@@ -9,7 +9,9 @@ Legend: R rows, C columns.
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +24,25 @@ from torch import Tensor
 from titanmoe.checkpoint.safetensors_io import DAMAGED, DTYPES, TensorInfo, bytes_of
 from titanmoe.config.errors import ConfigError
 
+# Linux 6.14 and later (include/uapi/linux/fs.h); Python's os module does not name it yet.
+_RWF_DONTCACHE = 0x80
+
 
 class Files:
-    """Files opened as they are needed and kept open until the end of the `with` block; threads may share it."""
+    """Files opened as they are needed and kept open until the end of the `with` block; threads may share it.
 
-    def __init__(self) -> None:
+    Each thread opens a file anew: how far a system reads ahead depends on who opened it.
+
+    Args:
+        fill_cache: False asks the system not to keep what it reads from the disk in its page cache (what is there
+            already stays). That spares it as much memory as is read, which takes long to get in a virtual machine.
+            Systems that cannot do so read as usual.
+    """
+
+    def __init__(self, *, fill_cache: bool = True) -> None:
         self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
+        self._descriptors: dict[tuple[int, Path], int] = {}
+        self._flags = 0 if fill_cache or sys.platform != "linux" else _RWF_DONTCACHE
         self.bytes_read = 0
 
     def __enter__(self) -> Files:
@@ -55,8 +69,7 @@ class Files:
         try:
             descriptor = self._descriptor(info.path)
             while left:
-                # The system may return less than asked for (at most 2 GiB a call on Linux).
-                num_bytes = os.preadv(descriptor, [left], position)
+                num_bytes = self._read_some(descriptor, left, position)
                 if not num_bytes:
                     raise ConfigError("the file ended while it was being read", where=str(info.path), mend=DAMAGED)
                 position += num_bytes
@@ -66,11 +79,23 @@ class Files:
         with self._lock:
             self.bytes_read += into.numel() * into.element_size()
 
+    def _read_some(self, descriptor: int, into: memoryview, position: int) -> int:
+        """The system may read less than it is asked for (at most 2 GiB a call on Linux); 0 is the end of the file."""
+        if flags := self._flags:
+            try:
+                return os.preadv(descriptor, [into], position, flags)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                self._flags = 0
+        return os.preadv(descriptor, [into], position)
+
     def _descriptor(self, path: Path) -> int:
+        key = (threading.get_ident(), path)
         with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[path]
+            if key not in self._descriptors:
+                self._descriptors[key] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[key]
 
 
 class RowSource(Protocol):
