@@ -23,7 +23,12 @@ from titanmoe.checkpoint.run_state import RunState
 from titanmoe.config.changes import config_fingerprint
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
-from titanmoe.config.sizes import check_experts_can_be_dealt, data_parallel_degrees, global_batch_size
+from titanmoe.config.sizes import (
+    check_experts_can_be_dealt,
+    check_heads_can_be_dealt,
+    data_parallel_degrees,
+    global_batch_size,
+)
 from titanmoe.config.validate import validate
 from titanmoe.data.loader import DataLoader, merge_states
 from titanmoe.data.sources import open_source
@@ -36,7 +41,7 @@ from titanmoe.metrics.terminal import current_terminal
 from titanmoe.metrics.throughput import StepTimer
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
-from titanmoe.models.spec import num_experts
+from titanmoe.models.spec import num_experts, num_heads
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 from titanmoe.parallel.ranks import Ranks
@@ -94,6 +99,7 @@ class Trainer:
             model.name, model.flavor, model.hf_assets_path, selection_bias=config.moe.bias_update_rate > 0
         )
         check_experts_can_be_dealt(config.parallelism.expert_parallel_degree, num_experts(self.spec))
+        check_heads_can_be_dealt(config.parallelism.context_parallel_degree, num_heads(self.spec))
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.hf_assets_path)
         check_vocab(self.tokenizer, self.spec.vocab_size)
         self.dump_folder = Path(config.job.dump_folder)
@@ -117,8 +123,8 @@ class Trainer:
         if config.debug.deterministic:
             set_deterministic(config.debug.deterministic_warn_only)
         replicate, shard = data_parallel_degrees(config, self.world.size)
-        expert = config.parallelism.expert_parallel_degree
-        self.mesh = Mesh.build(self.world.device, dp_replicate=replicate, dp_shard=shard, ep=expert)
+        context, expert = config.parallelism.context_parallel_degree, config.parallelism.expert_parallel_degree
+        self.mesh = Mesh.build(self.world.device, dp_replicate=replicate, dp_shard=shard, cp=context, ep=expert)
         self.global_batch_size = global_batch_size(config, self.world.size)
         self.lanes_per_rank = self.global_batch_size // self.mesh.num_data_ranks
         self.num_microbatches = self.lanes_per_rank // config.training.local_batch_size
@@ -174,6 +180,7 @@ class Trainer:
                 epochs=config.training.epochs if is_training else 1,
                 document_mask=config.data.document_mask,
                 append_eos=config.data.append_eos,
+                part=(self.mesh.context_rank, self.mesh.cp),
                 prefetch=section.dataloader.num_workers * (section.dataloader.prefetch_factor or 2),
             )
         )

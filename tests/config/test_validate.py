@@ -8,6 +8,7 @@ from titanmoe.config import ConfigError, load_config, validate, validate_keys
 from titanmoe.config.sizes import (
     accumulation_steps,
     check_experts_can_be_dealt,
+    check_heads_can_be_dealt,
     data_parallel_degree,
     data_parallel_degrees,
     global_batch_size,
@@ -61,9 +62,28 @@ def test_degrees_that_do_not_fit(args, world_size, message):
     ],
 )
 def test_experts_are_shared_by_ranks_that_share_shards(args, world_size, message):
-    with pytest.raises(ConfigError, match="must divide data_parallel_shard_degree") as error:
+    with pytest.raises(
+        ConfigError, match="must divide data_parallel_shard_degree \\* context_parallel_degree"
+    ) as error:
         validate(load_config(None, args), world_size)
     assert message in str(error.value)
+
+
+def test_sequences_that_cannot_be_cut():
+    cut = "--parallelism.context_parallel_degree=2"
+    with pytest.raises(ConfigError, match="must divide seq_len: 33 is not a multiple of 2") as error:
+        validate(load_config(None, [cut, "--training.seq_len=33"]), 2)
+    assert error.value.where == "training.seq_len"
+    validation = ["--validation.enable", "--validation.dataset=stdlib", "--validation.seq_len=35"]
+    with pytest.raises(ConfigError, match="35 is not a multiple of 2") as error:
+        validate(load_config(None, [cut, *validation]), 2)
+    assert error.value.where == "validation.seq_len"
+
+
+def test_heads_that_can_be_dealt_evenly():
+    check_heads_can_be_dealt(4, {8, 12})
+    with pytest.raises(ConfigError, match="must divide the number of attention heads: 6 is not a multiple of 4"):
+        check_heads_can_be_dealt(4, {6, 12})
 
 
 def test_experts_that_can_be_dealt_evenly():

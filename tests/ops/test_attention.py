@@ -91,12 +91,11 @@ def test_the_identities_behind_the_sink() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunks_are_documents(packed: bool) -> None:
-    tokens = torch.zeros(2, 10, dtype=torch.int64)
     cu_seqlens = torch.tensor([0, 3, 10, 20], dtype=torch.int32) if packed else None
-    chunks = chunk_documents(cu_seqlens, 4, tokens)
+    chunks = chunk_documents(cu_seqlens, 4, 2, 10, torch.device("cpu"))
     assert chunks is not None and chunks.dtype == torch.int32
     assert chunks.tolist() == ([0, 3, 7, 10, 14, 18, 20] if packed else [0, 4, 8, 10, 14, 18, 20])
-    assert chunk_documents(cu_seqlens, 10, tokens) is cu_seqlens
+    assert chunk_documents(cu_seqlens, 10, 2, 10, torch.device("cpu")) is cu_seqlens
 
 
 @pytest.mark.gpu

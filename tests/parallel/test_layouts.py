@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.models.kinds import KINDS
 from tests.ranks import run_ranks
+from titanmoe.data.packing import Batch
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import DecoderSpec
@@ -21,7 +22,7 @@ from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 
 SPEC = KINDS["grouped-query"]
-GLOBAL_BATCH, SEQ_LEN = 4, 33
+GLOBAL_BATCH, SEQ_LEN = 4, 36
 Change = Callable[[Decoder], None]
 
 
@@ -39,14 +40,31 @@ def _all_to_one(model: Decoder) -> None:
         layer.router.expert_bias[-3:-1] = 50.0
 
 
+def _aux_loss(model: Decoder) -> None:
+    for _, layer in model.moe_layers():
+        layer.router.aux_loss_weight = 0.1
+
+
 def _freeze_experts(model: Decoder) -> None:
     for _, layer in model.moe_layers():
         layer.experts.requires_grad_(False)
 
 
-def _step(model: Decoder, tokens: Tensor, labels: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """The summed loss over all ranks divided by the global number of tokens, and every whole gradient."""
-    logits = model(tokens)
+def _step(
+    model: Decoder, tokens: Tensor, labels: Tensor, rows: slice = slice(None), part: int = 0, num_parts: int = 1
+) -> tuple[float, dict[str, Tensor]]:
+    """The summed loss over all ranks divided by the global number of tokens, and every whole gradient.
+
+    Of the rows' tokens, this rank computes a part. Each row holds two documents.
+    """
+    num_rows = tokens[rows].shape[0]
+    starts = [row * SEQ_LEN + begin for row in range(num_rows) for begin in (0, 11)]
+    cu_seqlens = torch.tensor([*starts, num_rows * SEQ_LEN], dtype=torch.int32)
+    position_ids = torch.cat([torch.arange(11), torch.arange(SEQ_LEN - 11)]).expand(num_rows, -1)
+    whole = Batch(tokens[rows], labels[rows], position_ids, cu_seqlens)
+    batch = whole.part(part, num_parts)
+    labels = batch.labels_BS
+    logits = model(batch.tokens_BS, position_ids=batch.position_ids_BS, cu_seqlens=batch.cu_seqlens)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum") / (GLOBAL_BATCH * SEQ_LEN)
     loss.backward()
     total = loss.detach().clone()
@@ -78,8 +96,9 @@ def _on_rank(
     reshard: str,
     ep: int = 1,
     change: Change | None = None,
+    cp: int = 1,
 ) -> tuple[float, dict[str, Tensor]]:
-    mesh = Mesh.build(torch.device("cpu"), dp_replicate=dp_replicate, dp_shard=dp_shard, ep=ep)
+    mesh = Mesh.build(torch.device("cpu"), dp_replicate=dp_replicate, dp_shard=dp_shard, ep=ep, cp=cp)
     model = build_model(spec)
     parallelize(
         model,
@@ -95,8 +114,7 @@ def _on_rank(
         change(model)
     rows = GLOBAL_BATCH // mesh.num_data_ranks
     mine = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
-    tokens, labels = _batch()
-    return _step(model, tokens[mine], labels[mine])
+    return _step(model, *_batch(), mine, mesh.context_rank, mesh.cp)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -138,6 +156,20 @@ def test_experts_on_several_ranks(
     _compare(KINDS[kind], results)
 
 
+@pytest.mark.parametrize(
+    ("dp_replicate", "dp_shard", "cp", "ep", "mode"),
+    [(1, 1, 2, 1, "none"), (1, 1, 4, 1, "selective"), (1, 2, 2, 4, "full"), (2, 1, 2, 2, "selective")],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_on_several_ranks(kind: str, dp_replicate: int, dp_shard: int, cp: int, ep: int, mode: str) -> None:
+    """With fewer key heads than ranks, and with documents, windows and chunks that cross the parts."""
+    if ep == 4 and kind != "latent":
+        ep = 2  # six experts
+    size = dp_replicate * dp_shard * cp
+    results = run_ranks(_on_rank, size, KINDS[kind], dp_replicate, dp_shard, mode, "default", ep, _aux_loss, cp)
+    _compare(KINDS[kind], results, _aux_loss)
+
+
 @pytest.mark.parametrize("change", [_all_to_one, _freeze_experts])
 @pytest.mark.parametrize(("dp_shard", "ep", "mode"), [(2, 2, "full"), (4, 2, "none"), (4, 4, "selective")])
 def test_experts_that_get_all_or_learn_nothing(change: Change, dp_shard: int, ep: int, mode: str) -> None:
@@ -164,8 +196,7 @@ def _mixed(dtype: torch.dtype, param_dtype: torch.dtype) -> tuple[float, dict[st
     init_weights(model, seed=3)
     rows = GLOBAL_BATCH // mesh.num_data_ranks
     mine = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
-    tokens, labels = _batch()
-    loss, grads = _step(model, tokens[mine], labels[mine])
+    loss, grads = _step(model, *_batch(), mine)
     return loss, grads, {parameter.grad.dtype for parameter in model.parameters()}
 
 

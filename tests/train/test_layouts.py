@@ -21,6 +21,7 @@ VALIDATION = (
     "--validation.freq=4",
 )
 EXPERT = "--parallelism.expert_parallel_degree"
+CONTEXT = "--parallelism.context_parallel_degree"
 REPLICATE = "--parallelism.data_parallel_replicate_degree=2"
 
 
@@ -46,6 +47,11 @@ def one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         pytest.param(2, ("--training.local_batch_size=1", f"{EXPERT}=2"), id="ep 2, accumulation 2"),
         pytest.param(4, ("--training.local_batch_size=1", f"{EXPERT}=2"), id="fsdp 2 of experts, ep 2"),
         pytest.param(4, ("--training.local_batch_size=1", REPLICATE, f"{EXPERT}=2"), id="hsdp 2x2, ep 2"),
+        pytest.param(2, ("--training.local_batch_size=2", f"{CONTEXT}=2"), id="cp 2, accumulation 2"),
+        pytest.param(4, ("--training.local_batch_size=2", f"{CONTEXT}=2", f"{EXPERT}=4"), id="fsdp 2, cp 2, ep 4"),
+        pytest.param(
+            4, ("--training.local_batch_size=2", REPLICATE, f"{CONTEXT}=2", f"{EXPERT}=2"), id="replicate 2, cp 2, ep 2"
+        ),
     ],
 )
 def test_a_layout_equals_one_process(

@@ -22,6 +22,7 @@ from tests.train.jobs import (
 
 SAVE = ("--checkpoint.enable", "--training.steps=20")
 REPLICATE = "--parallelism.data_parallel_replicate_degree=2"
+CONTEXT = "--parallelism.context_parallel_degree=2"
 EXPERT = "--parallelism.expert_parallel_degree=2"
 BF16 = "--training.mixed_precision_param=bfloat16"
 
@@ -53,6 +54,8 @@ CASES = {
             "--optimizer.name=AdamW8bit",
         ),
     ),
+    "cp 2, bias update": (2, (CONTEXT, "--moe.bias_update_rate=0.01", "--data.document_mask")),
+    "fsdp 2, cp 2, ep 2": (4, ("--training.local_batch_size=2", CONTEXT, EXPERT)),
     "ep 2, bfloat16 compute": (2, ("--training.local_batch_size=2", EXPERT, BF16)),
     "bias update": (1, ("--moe.bias_update_rate=0.01", "--moe.aux_loss_coeff=0.01")),
     "compiled": (1, ("--compile.enable", "--compile.backend=aot_eager")),
@@ -109,13 +112,17 @@ def test_the_checkpoint_holds_what_the_cases_say(tmp_path: Path) -> None:
         ((4, EXPERT), (1,)),
         ((2, EXPERT), (4, REPLICATE)),
         ((2,), (4, EXPERT.replace("=2", "=4"))),
+        ((4, CONTEXT, EXPERT), (2,)),
     ],
 )
 def test_resume_on_another_layout(first: tuple, then: tuple, tmp_path: Path) -> None:
     """The number of ranks, and options, before and after."""
     job = write_job(tmp_path)
     run(job, tmp_path / "whole", *SAVE)
-    before, after = ((f"--training.local_batch_size={4 // ranks}", *options) for ranks, *options in (first, then))
+    before, after = (
+        (f"--training.local_batch_size={4 // ranks * (2 if CONTEXT in options else 1)}", *options)
+        for ranks, *options in (first, then)
+    )
     run(job, tmp_path / "parts", *SAVE, *before, ranks=first[0], before=signal_at(10), code=75)
     run(job, tmp_path / "parts", *SAVE, *after, ranks=then[0])
     assert_close(tmp_path / "parts", tmp_path / "whole")

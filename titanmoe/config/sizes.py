@@ -47,19 +47,28 @@ def data_parallel_degrees(config: JobConfig, world_size: int) -> tuple[int, int]
     )
 
 
-def check_expert_parallel_degree(config: JobConfig, world_size: int) -> None:
+def check_degrees(config: JobConfig, world_size: int) -> None:
     """
     Raises:
-        ConfigError: the ranks that share experts are not a part of those that share shards.
+        ConfigError: the ranks that share experts are not a part of those that share shards; sequences cannot be cut.
     """
-    degree = config.parallelism.expert_parallel_degree
-    _, shard = data_parallel_degrees(config, world_size)
+    degree, context = config.parallelism.expert_parallel_degree, config.parallelism.context_parallel_degree
+    shard = data_parallel_degrees(config, world_size)[1] * context
     if shard % degree:
         raise ConfigError(
-            f"expert_parallel_degree must divide data_parallel_shard_degree: {shard} is not a multiple of {degree}",
+            "expert_parallel_degree must divide data_parallel_shard_degree * context_parallel_degree: "
+            f"{shard} is not a multiple of {degree}",
             where="parallelism.expert_parallel_degree",
             mend=f"Choose one of {_divisors(shard)}.",
         )
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.enable:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    for where, seq_len in lengths.items():
+        if seq_len % context:
+            raise ConfigError(
+                f"context_parallel_degree must divide seq_len: {seq_len} is not a multiple of {context}", where=where
+            )
 
 
 def check_experts_can_be_dealt(degree: int, num_experts: Collection[int]) -> None:
@@ -78,6 +87,25 @@ def check_experts_can_be_dealt(degree: int, num_experts: Collection[int]) -> Non
             f"the model cannot be split over experts: {what}",
             where="parallelism.expert_parallel_degree",
             mend=f"Choose one of {_divisors(max(common, 1))}.",
+        )
+
+
+def check_heads_can_be_dealt(degree: int, num_heads: Collection[int]) -> None:
+    """
+    Args:
+        degree: of context parallelism, whose ranks compute attention for a part of the heads each.
+        num_heads: query heads of the model's layers.
+
+    Raises:
+        ConfigError: not every rank would get the same number of heads.
+    """
+    common = math.gcd(*num_heads)
+    if common % degree:
+        raise ConfigError(
+            f"context_parallel_degree must divide the number of attention heads: {common} is not a multiple of "
+            f"{degree}",
+            where="parallelism.context_parallel_degree",
+            mend=f"Choose one of {_divisors(common)}.",
         )
 
 

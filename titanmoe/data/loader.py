@@ -51,6 +51,7 @@ class DataLoader:
         epochs: how often each document comes (a fraction ends within an epoch). A lane whose documents are used up
             gives rows of padding with label -100 from then on, as long as it is asked. None: endless.
         document_mask, append_eos: see `pack` and `Lanes`.
+        part: (index, count), where several ranks compute equal parts of the same sequences.
         prefetch: microbatches that a background thread prepares ahead; 0 makes them when they are asked for.
 
     Raises:
@@ -73,6 +74,7 @@ class DataLoader:
         document_mask: bool = False,
         append_eos: bool = True,
         prefetch: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         assert lanes and lanes.step == 1 and lanes.start >= 0 and lanes.stop <= num_lanes, (lanes, num_lanes)
         assert len(lanes) % local_batch_size == 0, (lanes, local_batch_size)
@@ -98,6 +100,7 @@ class DataLoader:
         self._seq_len, self._local_batch_size = seq_len, local_batch_size
         self._document_mask, self._append_eos = document_mask, append_eos
         self._prefetch = prefetch
+        self._part = part
         self._identity = {
             "version": STATE_VERSION,
             "source": source.fingerprint,
@@ -137,7 +140,7 @@ class DataLoader:
         self._next_row = (self._next_row + self._local_batch_size) % len(self._lane_numbers)
         windows = self._lanes.cut(numbers, self._seq_len)
         batch = pack(windows, self._seq_len, self._tokenizer.pad_id, self._document_mask)
-        return batch, self._lanes.positions(), self._lanes.exhausted()
+        return batch.part(*self._part), self._lanes.positions(), self._lanes.exhausted()
 
     @property
     def exhausted(self) -> bool:

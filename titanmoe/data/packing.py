@@ -41,6 +41,14 @@ class Batch:
         """The batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def part(self, index: int, count: int) -> Batch:
+        """The `index`-th of `count` parts of every sequence, of equal length; `cu_seqlens` stays that of the whole."""
+        assert self.tokens_BS.shape[1] % count == 0, "validated"
+        tokens, labels, positions = (
+            tensor.chunk(count, dim=1)[index] for tensor in (self.tokens_BS, self.labels_BS, self.position_ids_BS)
+        )
+        return Batch(tokens, labels, positions, self.cu_seqlens)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         boundaries = None if self.cu_seqlens is None else function(self.cu_seqlens)
         return Batch(function(self.tokens_BS), function(self.labels_BS), function(self.position_ids_BS), boundaries)

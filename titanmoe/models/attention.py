@@ -5,6 +5,8 @@ Shape suffixes: B batch, S sequence, D model dim, N query heads, K key/value hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,6 +17,8 @@ from titanmoe.models.spec import GroupedQuery, Temperature
 from titanmoe.ops.attention import causal_attention
 from titanmoe.ops.rope import apply_rope
 
+Attend = Callable[..., Tensor]
+"""As `causal_attention`."""
 RopeTable = tuple[Tensor, Tensor]
 """cos and sin of every token's angles, each (B, S, 1, C)."""
 
@@ -22,12 +26,14 @@ RopeTable = tuple[Tensor, Tensor]
 class GroupedQueryAttention(nn.Module):
     """Attributes:
     sinks: (N,), or None; see `GroupedQuery.sinks`.
+    attend: what combines the heads; replaced where a sequence is on several ranks.
     """
 
     def __init__(self, dim: int, spec: GroupedQuery, norm_eps: float) -> None:
         super().__init__()
         self.spec = spec
         self.norm_eps = norm_eps
+        self.attend: Attend = causal_attention
         query_dim, key_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(dim, query_dim, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(dim, key_dim, bias=spec.qkv_bias)
@@ -52,7 +58,7 @@ class GroupedQueryAttention(nn.Module):
             q_BSNH, k_BSKH = (F.rms_norm(x.float(), x.shape[-1:], eps=self.norm_eps).to(x) for x in (q_BSNH, k_BSKH))
         if spec.temperature is not None:
             q_BSNH = (q_BSNH * _growth(spec.temperature, position_ids_BS)[..., None, None]).to(q_BSNH)
-        o_BSNH = causal_attention(q_BSNH, k_BSKH, v_BSKH, cu_seqlens, window=spec.window, sinks_N=self.sinks)
+        o_BSNH = self.attend(q_BSNH, k_BSKH, v_BSKH, cu_seqlens, window=spec.window, sinks_N=self.sinks)
         return self.o_proj(o_BSNH.flatten(2))
 
 

@@ -71,12 +71,14 @@ class Decoder(nn.Module):
     Attributes:
         spec: what it was built from.
         layers: the blocks, keyed "0", "1", ...
+        num_sequence_parts: into how many parts sequences are cut, of which this process sees one.
         output: None when the embedding's weight is used for the output too (`spec.tie_embeddings`).
     """
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.num_sequence_parts = 1
         self.tok_embeddings = nn.Embedding(spec.vocab_size, spec.dim)
         self.layers = nn.ModuleDict(
             {str(index): Block(spec.dim, layer, spec.norm_eps) for index, layer in enumerate(spec.layers)}
@@ -106,8 +108,9 @@ class Decoder(nn.Module):
         x_BSD = self.tok_embeddings(tokens_BS)
         position_ids = position_ids.expand(tokens_BS.shape)
         tables = {rope: _rope_table(rope, position_ids, x_BSD.dtype) for rope in self._attention_kinds("rope")}
+        batch, seq_len = tokens_BS.shape[0], tokens_BS.shape[1] * self.num_sequence_parts
         documents = {
-            chunk: cu_seqlens if chunk is None else chunk_documents(cu_seqlens, chunk, tokens_BS)
+            chunk: cu_seqlens if chunk is None else chunk_documents(cu_seqlens, chunk, batch, seq_len, tokens_BS.device)
             for chunk in self._attention_kinds("chunk")
         }
         for block in self.blocks():

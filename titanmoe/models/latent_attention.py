@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from titanmoe.models.attention import RopeTable
+from titanmoe.models.attention import Attend, RopeTable
 from titanmoe.models.norm import RMSNorm
 from titanmoe.models.rope import latent_logit_factor
 from titanmoe.models.spec import Latent
@@ -23,12 +23,14 @@ class LatentAttention(nn.Module):
 
     Attributes:
         q_proj: queries without a latent of their own (`q_lora_rank` None); else q_a_proj, q_a_norm and q_b_proj.
+        attend: see `GroupedQueryAttention`.
         kv_a_proj: the latent of keys and values, and the part of the key that all heads share.
     """
 
     def __init__(self, dim: int, spec: Latent) -> None:
         super().__init__()
         self.spec = spec
+        self.attend: Attend = causal_attention
         self.softmax_scale = spec.qk_head_dim**-0.5 * latent_logit_factor(spec.rope)
         query_dim, rank = spec.num_heads * spec.qk_head_dim, spec.q_lora_rank
         if rank is None:
@@ -60,5 +62,5 @@ class LatentAttention(nn.Module):
         q_BSNC, k_BS1C = (apply_rope(x, *table, spec.rope.interleaved) for x in (q_BSNC, k_BSC[:, :, None]))
         q_BSNH = torch.cat((q_BSNP, q_BSNC), dim=-1)
         k_BSNH = torch.cat((k_BSNP, k_BS1C.expand(-1, -1, spec.num_heads, -1)), dim=-1)
-        o_BSNV = causal_attention(q_BSNH, k_BSNH, v_BSNV, cu_seqlens, scale=self.softmax_scale)
+        o_BSNV = self.attend(q_BSNH, k_BSNH, v_BSNV, cu_seqlens, scale=self.softmax_scale)
         return self.o_proj(o_BSNV.flatten(2))

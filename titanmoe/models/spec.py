@@ -210,3 +210,8 @@ def with_selection_bias(spec: DecoderSpec) -> DecoderSpec:
 def num_experts(spec: DecoderSpec) -> set[int]:
     """Every number of experts that a layer of the model has; empty for a dense model."""
     return {layer.feed_forward.num_experts for layer in spec.layers if isinstance(layer.feed_forward, MoE)}
+
+
+def num_heads(spec: DecoderSpec) -> set[int]:
+    """Every number of query heads that a layer of the model has."""
+    return {layer.attention.num_heads for layer in spec.layers}

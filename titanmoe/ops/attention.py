@@ -58,16 +58,17 @@ def causal_attention(
     return o_BSNV[..., :value_dim]
 
 
-def chunk_documents(cu_seqlens: Tensor | None, chunk: int, tokens_BS: Tensor) -> Tensor | None:
+def chunk_documents(
+    cu_seqlens: Tensor | None, chunk: int, batch: int, seq_len: int, device: torch.device
+) -> Tensor | None:
     """Cut documents (rows, if `cu_seqlens` is None) into chunks of `chunk` tokens; the last of each may be shorter.
 
     Attention within chunks is then attention within documents. Waits for the device once.
     """
-    batch, seq_len = tokens_BS.shape
     if chunk >= seq_len:
         return cu_seqlens
     if cu_seqlens is None:
-        cu_seqlens = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32, device=tokens_BS.device)
+        cu_seqlens = torch.arange(0, batch * seq_len + 1, seq_len, dtype=torch.int32, device=device)
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     num_chunks = (lengths + chunk - 1) // chunk
     before = num_chunks.cumsum(0) - num_chunks

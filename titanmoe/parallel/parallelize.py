@@ -1,5 +1,5 @@
-"""From a meta model to one that runs on a mesh, in the order that composes: recomputation, compilation, experts,
-sharding."""
+"""From a meta model to one that runs on a mesh, in the order that composes: recomputation, compilation, sequences,
+experts, shards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from titanmoe.models.decoder import Decoder
 from titanmoe.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
+from titanmoe.parallel.context import apply_context_parallel
 from titanmoe.parallel.expert import apply_expert_parallel
 from titanmoe.parallel.fsdp import Reshard, apply_fsdp
 from titanmoe.parallel.mesh import Mesh
@@ -41,11 +42,13 @@ def parallelize(
     if compile_backend is not None:
         for block in model.layers.values():
             block.compile(backend=compile_backend)
+    if mesh.cp > 1:
+        apply_context_parallel(model, mesh.context)
     if mesh.ep > 1:
         apply_expert_parallel(model, mesh.expert)
     stored_dtype = next(model.parameters()).dtype
     sums_differently = accumulates and reduce_dtype != stored_dtype
-    if mesh.num_data_ranks > 1 or stored_dtype != param_dtype or sums_differently:
+    if mesh.num_ranks > 1 or stored_dtype != param_dtype or sums_differently:
         apply_fsdp(
             model,
             mesh,

@@ -9,7 +9,7 @@ from titanmoe.config.keys import key
 
 _NO_TENSOR = "parallelism.tensor_parallel_degree is 1"
 _NO_PIPELINE = "parallelism.pipeline_parallel_degree is 1"
-_NO_CONTEXT = "parallelism.context_parallel_degree is 1"
+_BALANCED = "ranks exchange tokens for heads, which gives all the same work"
 _NO_BUDGET = 'activation_checkpoint.mode is not "memory_budget"'
 
 
@@ -65,18 +65,18 @@ class Parallelism:
     pipeline_parallel_expert_parallel_overlap: bool = key(True, inert=_NO_PIPELINE)
     """Overlap the expert communication of one microbatch with the computation of another (DualPipeV)."""
 
-    context_parallel_degree: int = key(1, at_least=1, later="context parallelism")
-    """Ranks over which each sequence is split."""
+    context_parallel_degree: int = key(1, at_least=1)
+    """Ranks over which each sequence is split. It must divide the sequence length and the number of attention heads."""
 
-    context_parallel_load_balancer: Literal["headtail", "ptrr"] | None = key("headtail", inert=_NO_CONTEXT)
+    context_parallel_load_balancer: Literal["headtail", "ptrr"] | None = key("headtail", inert=_BALANCED)
     """How positions are dealt so that every rank has equal work under a causal mask."""
 
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = key("allgather", inert=_NO_CONTEXT)
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = key("allgather", inert=_BALANCED)
     """How keys and values travel between ranks."""
 
     expert_parallel_degree: int = key(1, at_least=1)
     """Ranks over which the experts of each layer are dealt; tokens travel to their experts. These ranks are among those
-    of `data_parallel_shard_degree`, which it must divide, and not in addition to them."""
+    of `data_parallel_shard_degree` x `context_parallel_degree`, which it must divide, and not in addition to them."""
 
     expert_tensor_parallel_degree: int = key(1, at_least=1, later="expert tensor parallelism")
     """Ranks over which each expert is split."""

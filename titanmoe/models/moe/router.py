@@ -6,7 +6,7 @@ G groups of experts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanmoe.models.spec import MoE
+
+
+class SequenceParts(Protocol):
+    """The processes that each see one of equal parts of every sequence."""
+
+    count: int
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over all parts, outside autograd. Collective."""
 
 
 class Router(nn.Module):
@@ -26,6 +35,7 @@ class Router(nn.Module):
         num_tokens_per_expert_E: int64, how many (token, k) pairs chose each expert since it was last zeroed.
             `record()` adds the last forward's counts; the training loop reads and zeroes it once per step.
         aux_loss_weight: what the classic balance loss of one sequence is multiplied with; 0 turns it off.
+        sequence_parts: set where each process sees a part of every sequence.
         force_balance: choose experts round-robin whatever the scores (for benchmarks).
     """
 
@@ -42,6 +52,7 @@ class Router(nn.Module):
         self.register_buffer("num_tokens_per_expert_E", counts_E, persistent=False)
         self.aux_loss_weight = 0.0
         self.force_balance = False
+        self.sequence_parts: SequenceParts | None = None
         self._last_counts_E: Tensor | None = None
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +71,7 @@ class Router(nn.Module):
             counts_E = torch.zeros(num_experts, dtype=torch.int64, device=experts_TK.device)
             self._last_counts_E = counts_E.scatter_add_(0, experts_TK.flatten(), ones)
             if self.aux_loss_weight:
-                loss = balance_loss(scores_TE, experts_TK, num_sequences=x_BSD.shape[0])
+                loss = balance_loss(scores_TE, experts_TK, num_sequences=x_BSD.shape[0], parts=self.sequence_parts)
                 weights_TK = _AddLoss.apply(weights_TK, loss * self.aux_loss_weight)
         return weights_TK, experts_TK
 
@@ -92,12 +103,15 @@ class Router(nn.Module):
             self._last_counts_E = None
 
 
-def balance_loss(scores_TE: Tensor, experts_TK: Tensor, num_sequences: int) -> Tensor:
+def balance_loss(
+    scores_TE: Tensor, experts_TK: Tensor, num_sequences: int, parts: SequenceParts | None = None
+) -> Tensor:
     """The load-balancing loss of Switch Transformer (arXiv 2101.03961, eq. 4), per sequence and summed over sequences.
 
     For one sequence: E * sum over e of f_e P_e, with f_e the fraction of its choices that fell on e, and P_e the mean
     over its tokens of the (normalised) score of e. It is 1 when perfectly even. Taken per sequence (as in DeepSeek-V3,
-    arXiv 2412.19437, eq. 17) it does not depend on how a global batch is cut into microbatches and ranks.
+    arXiv 2412.19437, eq. 17) it does not depend on how a global batch is cut into microbatches and ranks. Where
+    sequences themselves are cut, this is the part's share of the loss: the shares add up to it.
     """
     num_experts = scores_TE.shape[-1]
     shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
@@ -105,6 +119,8 @@ def balance_loss(scores_TE: Tensor, experts_TK: Tensor, num_sequences: int) -> T
     choices_BC = experts_TK.view(num_sequences, -1)
     unit = share_BE.new_full((1, 1), 1.0 / choices_BC.shape[1]).expand(choices_BC.shape)
     fraction_BE = torch.zeros_like(share_BE).scatter_add_(1, choices_BC, unit)
+    if parts is not None:
+        fraction_BE, share_BE = parts.mean(fraction_BE), share_BE / parts.count
     return num_experts * (fraction_BE * share_BE).sum()
 
 
