@@ -186,6 +186,8 @@ def test_from_bfloat16_to_float8_and_back(tmp_path: Path, capsys: pytest.Capture
     save_reference(tmp_path / "a", dtype=torch.bfloat16, max_shard_size="50KB")
     out = _export(capsys, "--checkpoint", tmp_path / "a", "--output", tmp_path / "copy")
     assert "no tokenizer" in out
+    generation = "generation_config.json"
+    assert (tmp_path / "copy" / generation).read_bytes() == (tmp_path / "a" / generation).read_bytes()
     before, copy = read_all(tmp_path / "a"), read_all(tmp_path / "copy")
     assert before.keys() == copy.keys()
     assert all(torch.equal(tensor, copy[key]) for key, tensor in before.items())

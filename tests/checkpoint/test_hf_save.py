@@ -115,9 +115,11 @@ def test_parameters_of_several_dtypes_keep_theirs(tmp_path: Path) -> None:
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md", "model.safetensors"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "README.md", "model.safetensors"):
         (source / name).write_text(name)
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 5], "top_p": 0.9}')
     save_pretrained(_model(), tmp_path / "model", tokenizer=source)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"] == [3, 5]
     assert _names(tmp_path / "model") == _names(source) - {"README.md"} | {"config.json"}
     assert (tmp_path / "model" / "tokenizer.json").read_text() == "tokenizer.json"
     save_pretrained(_model(), tmp_path / "builtin", tokenizer="builtin")
@@ -125,7 +127,12 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     # Made from the tokenizer, which has none of its own.
     tokenizer = load_tokenizer("builtin")
     generation = json.loads((tmp_path / "builtin" / "generation_config.json").read_text())
-    assert (generation["eos_token_id"], generation["pad_token_id"]) == (tokenizer.eos_id, tokenizer.pad_id)
+    config = json.loads((tmp_path / "builtin" / "config.json").read_text())
+    for values in (generation, config):
+        assert (values["eos_token_id"], values["pad_token_id"]) == (tokenizer.eos_id, tokenizer.pad_id)
+    (source / "generation_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="does not hold a JSON object"):
+        save_pretrained(_model(), tmp_path / "other", tokenizer=source)
     with pytest.raises(ConfigError, match="has no tokenizer"):
         save_pretrained(_model(), tmp_path / "other", tokenizer=tmp_path / "model" / "..")
     assert _names(tmp_path) == {"source", "model", "builtin"}

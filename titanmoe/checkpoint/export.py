@@ -14,7 +14,7 @@ from titanmoe.checkpoint.dcp_storage import Shard, load_shards, read_metadata, s
 from titanmoe.checkpoint.find import find_start
 from titanmoe.checkpoint.hf_entries import entries_of
 from titanmoe.checkpoint.hf_folder import CONFIG_NAME as HF_CONFIG_NAME
-from titanmoe.checkpoint.hf_folder import TOKENIZER_NAMES, read_hf_config, require_folder
+from titanmoe.checkpoint.hf_folder import GENERATION_CONFIG_NAME, TOKENIZER_NAMES, read_hf_config, require_folder
 from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.checkpoint.hf_save import SaveSummary, check_exportable, save_hf
 from titanmoe.checkpoint.hf_target import check_target
@@ -47,6 +47,7 @@ class _Source:
     Attributes:
         dtype: what the parameters have in memory.
         tokenizer_dir: where its tokenizer is; None if it has none.
+        generation_config_dir: where its generation_config.json is, if not with the tokenizer.
         fill: gives a model in memory its values.
     """
 
@@ -54,6 +55,7 @@ class _Source:
     spec: DecoderSpec
     dtype: torch.dtype
     tokenizer_dir: Path | None
+    generation_config_dir: Path | None
     fill: Callable[[Decoder], object]
 
 
@@ -108,6 +110,7 @@ def export_hf(
         source.spec,
         dtype=dtype,
         tokenizer_dir=source.tokenizer_dir,
+        generation_config_dir=source.generation_config_dir,
         overwrite=overwrite,
         verify=verify,
         on_progress=on_progress,
@@ -125,11 +128,17 @@ def _hf_folder(folder: Path, dtype: torch.dtype, tokenizer: str | None, on_progr
     if tokenizer is not None:
         tokenizer_dir = require_folder(tokenizer_folder(tokenizer))
     elif not any((folder / name).is_file() for name in TOKENIZER_NAMES):
-        logger.info("%s has no tokenizer: only weights and config.json are written", folder)
+        logger.info("%s has no tokenizer: none is written", folder)
         tokenizer_dir = None
+    has_generation_config = tokenizer is None and (folder / GENERATION_CONFIG_NAME).is_file()
     report = None if on_progress is None else partial(on_progress, "read")
     return _Source(
-        family, spec, dtype, tokenizer_dir, lambda model: load_hf_weights(model, folder, family, on_progress=report)
+        family,
+        spec,
+        dtype,
+        tokenizer_dir,
+        folder if has_generation_config else None,
+        lambda model: load_hf_weights(model, folder, family, on_progress=report),
     )
 
 
@@ -169,7 +178,7 @@ def _run_checkpoint(folder: Path, tokenizer: str | None, config_file: str | Path
 
     embedding = stored.get("model.tok_embeddings.weight")
     # Without an embedding it is of another model, as `fill` will say.
-    return _Source(family, spec, embedding.dtype if embedding else torch.float32, tokenizer_dir, fill)
+    return _Source(family, spec, embedding.dtype if embedding else torch.float32, tokenizer_dir, None, fill)
 
 
 _RELATIVE = "Names in the config that do not begin with / are relative to the folder the job was started in."

@@ -58,7 +58,7 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     file = folder / CONFIG_NAME
     if not file.is_file():
         raise ConfigError(f"the folder has no {CONFIG_NAME}", where=str(folder), mend=_only_contains(folder))
-    return _read_json_object(file)
+    return read_json_object(file)
 
 
 def list_tensors(path: str | Path) -> dict[str, TensorInfo]:
@@ -94,7 +94,7 @@ def list_tensors(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def _list_sharded(folder: Path, index_file: Path) -> dict[str, TensorInfo]:
-    weight_map = _read_json_object(index_file).get("weight_map")
+    weight_map = read_json_object(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or {type(name) for name in weight_map.values()} != {str}:
         raise ConfigError("has no weight_map from tensor names to file names", where=str(index_file))
     tensors: dict[str, TensorInfo] = {}
@@ -120,7 +120,11 @@ def _list_sharded(folder: Path, index_file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

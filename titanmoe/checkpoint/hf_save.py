@@ -25,7 +25,7 @@ from titanmoe.checkpoint.files import sync_folder
 from titanmoe.checkpoint.gather import gather_each
 from titanmoe.checkpoint.hf_entries import Entry, config_entries, entries_of, main_dtype_name, split_into_shards
 from titanmoe.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, describe_keys, require_folder
-from titanmoe.checkpoint.hf_target import check_target, copy_tokenizer, take_place, write_json
+from titanmoe.checkpoint.hf_target import check_target, copy_generation_config, copy_tokenizer, take_place, write_json
 from titanmoe.checkpoint.hf_verify import find_difference
 from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing
 from titanmoe.checkpoint.progress import Progress, log_progress
@@ -62,6 +62,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     tokenizer_dir: str | Path | None = None,
+    generation_config_dir: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
     on_progress: Progress | None = None,
@@ -78,8 +79,9 @@ def save_hf(
         dtype: float32, bfloat16, float16 or float8_e4m3fn (see `entries_of`); by default each parameter is written in
             its own. Buffers keep theirs.
         max_shard_bytes: a file holds at most this many bytes of tensors, but at least one tensor.
-        tokenizer_dir: a folder whose tokenizer files are copied along, and generation_config.json, which is made from
-            the tokenizer if the folder has none.
+        tokenizer_dir: a folder whose tokenizer files are copied along.
+        generation_config_dir: a folder whose generation_config.json is copied along; it is made from the tokenizer if
+            there is none. By default, the tokenizer's.
         verify: read everything back as a loader does and compare it with the model before the folder is in its place.
         on_progress: called on rank 0, after each file tensor; by default, a line is logged every ten seconds.
 
@@ -109,9 +111,11 @@ def save_hf(
             check_target(target, overwrite, sum(entry.num_bytes for entry in entries))
             temporary.mkdir(parents=True)
             config = family.to_hf_config(spec, main_dtype_name(entries)) | config_entries(tensors, family, entries)
-            write_json(temporary / CONFIG_NAME, config)
             if tokenizer_dir is not None:
                 copy_tokenizer(require_folder(tokenizer_dir), temporary)
+            if (assets_dir := generation_config_dir or tokenizer_dir) is not None:
+                config |= copy_generation_config(Path(assets_dir), temporary)
+            write_json(temporary / CONFIG_NAME, config)
 
     def write() -> None:
         _stream(tensors, shards, temporary if writes else None, ranks, report)

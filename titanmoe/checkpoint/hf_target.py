@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from titanmoe.checkpoint.files import sync_folder, write_whole
-from titanmoe.checkpoint.hf_folder import CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, TOKENIZER_NAMES
+from titanmoe.checkpoint.hf_folder import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    TOKENIZER_NAMES,
+    read_json_object,
+)
 from titanmoe.config.errors import ConfigError
 from titanmoe.data.tokenizer import load_tokenizer
 
@@ -56,20 +63,40 @@ def _is_of_an_export(name: str) -> bool:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files and generation_config.json, which is made from the tokenizer where there is none.
+    """Copy the tokenizer's files.
 
     Raises:
-        ConfigError: there is no tokenizer.
+        ConfigError: there are none.
     """
     names = [name for name in TOKENIZER_NAMES if (source / name).is_file()]
     if not names:
         raise ConfigError("the folder has no tokenizer (tokenizer.json)", where=str(source))
-    if (source / GENERATION_CONFIG_NAME).is_file():
-        names.append(GENERATION_CONFIG_NAME)
-    else:
-        write_json(folder / GENERATION_CONFIG_NAME, _token_ids(source))
     for name in names:
         write_whole(folder / name, (source / name).read_bytes())
+
+
+def copy_generation_config(source: Path, folder: Path) -> dict[str, Any]:
+    """Copy generation_config.json, or make it from the tokenizer where there is none.
+
+    Returns:
+        The ids that config.json holds too (some readers look for them there, and take the model class's defaults where
+        they are missing), from generation_config.json or else from the config.json in `source`.
+
+    Raises:
+        ConfigError: one of these files holds no JSON object.
+    """
+    if (source / GENERATION_CONFIG_NAME).is_file():
+        values = read_json_object(source / GENERATION_CONFIG_NAME)
+        write_whole(folder / GENERATION_CONFIG_NAME, (source / GENERATION_CONFIG_NAME).read_bytes())
+    else:
+        values = _token_ids(source)
+        write_json(folder / GENERATION_CONFIG_NAME, values)
+    if (source / CONFIG_NAME).is_file():
+        values = {**read_json_object(source / CONFIG_NAME), **values}
+    return {key: values[key] for key in _IDS if values.get(key) is not None}
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _token_ids(folder: Path) -> dict[str, int]:
@@ -79,8 +106,8 @@ def _token_ids(folder: Path) -> dict[str, int]:
     except ConfigError as error:
         logger.info("%s names no token that ends a text: %s", GENERATION_CONFIG_NAME, error)
         return {}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return {key: number for key, number in ids.items() if number is not None}
+    ids = zip(_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True)
+    return {key: number for key, number in ids if number is not None}
 
 
 def take_place(temporary: Path, target: Path) -> None:
