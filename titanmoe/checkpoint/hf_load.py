@@ -137,10 +137,17 @@ def _without_what_is_not_needed(
         for key in infos:
             if match := of_layer.match(key):
                 keys_of_layer[int(match[1])].append(key)
-        for layer, keys in sorted(keys_of_layer.items()):
-            if layer >= num_layers and family.extra_layer_key.format(i=layer) in infos:
-                logger.info("Layer %d (multi-token prediction) dropped: %d tensors", layer, len(keys))
-                dropped.update(keys)
+        extra = [
+            layer
+            for layer in sorted(keys_of_layer)
+            if layer >= num_layers and family.extra_layer_key.format(i=layer) in infos
+        ]
+        if extra:
+            keys = {key for layer in extra for key in keys_of_layer[layer]}
+            logger.info(
+                "Layers for multi-token prediction, dropped: %s (%d tensors)", str(extra).strip("[]"), len(keys)
+            )
+            dropped |= keys
     return {key: info for key, info in infos.items() if key not in dropped}
 
 
