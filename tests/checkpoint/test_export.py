@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,6 @@ from titanmoe.checkpoint.export import export_hf
 from titanmoe.checkpoint.hf_save import save_hf
 from titanmoe.checkpoint.pretrained import from_pretrained
 from titanmoe.data.tokenizer import load_tokenizer
-from titanmoe.metrics.terminal import TerminalHandler
 
 _SAVES = "[checkpoint]\nenable = true\ninterval = 2\nlast_save_in_hf = true\n"
 
@@ -36,18 +33,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job = write_job(folder, more=_SAVES)
     run(job, folder / "run", "--training.steps=3")
     return folder / "run"
-
-
-@pytest.fixture(autouse=True)
-def _log_as_before() -> Iterator[None]:
-    """The command sets up the package's logger, with the stream of one test."""
-    logger = logging.getLogger("titanmoe")
-    level, propagate = logger.level, logger.propagate
-    yield
-    logger.setLevel(level)
-    logger.propagate = propagate
-    for handler in [handler for handler in logger.handlers if isinstance(handler, TerminalHandler)]:
-        logger.removeHandler(handler)
 
 
 def _export(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> str:

@@ -10,7 +10,7 @@ devices, and a collective wants them on the hosts: that is the one time per laye
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,18 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 @dataclass(frozen=True)
+class _Sent:
+    """Rows on their way, and how many come from where for which expert."""
+
+    x_AD: Tensor
+    weights_A: Tensor
+    num_arrived_GL: Tensor
+    sent: Permutation
+    num_sent_G: list[int]
+    num_arrived_G: list[int]
+
+
+@dataclass(frozen=True)
 class _Journey:
     """How rows came, for the way back."""
 
@@ -50,37 +62,39 @@ class _Journey:
 
 
 class AllToAllDispatcher:
-    """Rows are sorted by expert, sent to the rank that has the expert, and sorted by expert there."""
+    """Rows are sorted by expert, sent to the rank that has the expert, and sorted by expert there. Collective."""
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
         self.num_experts = num_experts
         self.group = group
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, align: int) -> Routed:
-        """Collective. `align`: each expert's rows are padded to a multiple of this, where they arrive."""
+    def send(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> _Sent:
         num_ranks = self.group.size()
-        num_local = self.num_experts // num_ranks
         sent = sort_by_expert(experts_TK, self.num_experts)
-        num_sent_GL = sent.offsets_E.long().diff(prepend=sent.offsets_E.new_zeros(1)).view(num_ranks, num_local)
+        num_sent_GL = sent.offsets_E.long().diff(prepend=sent.offsets_E.new_zeros(1)).view(num_ranks, -1)
         num_arrived_GL = torch.empty_like(num_sent_GL)
         dist.all_to_all_single(num_arrived_GL, num_sent_GL, group=self.group)
         sent_G, arrived_G = torch.stack([num_sent_GL.sum(1), num_arrived_GL.sum(1)]).tolist()
-
         x_AD = _exchange(permute(x_TD, sent), arrived_G, sent_G, self.group)
         weights_A = _exchange(permute_weights(weights_TK, sent), arrived_G, sent_G, self.group)
+        return _Sent(x_AD, weights_A, num_arrived_GL, sent, sent_G, arrived_G)
+
+    def receive(self, sent: _Sent, align: int) -> Routed:
+        """Waits for the rows; each expert's are padded here, where they arrive."""
+        num_ranks, num_local = sent.num_arrived_GL.shape
         # What arrives is ordered by where it came from, then by expert.
-        experts_GL = torch.arange(num_local, device=x_TD.device).expand(num_ranks, num_local)
+        experts_GL = torch.arange(num_local, device=sent.num_arrived_GL.device).expand(num_ranks, num_local)
         experts_A = torch.repeat_interleave(
-            experts_GL.reshape(-1), num_arrived_GL.reshape(-1), output_size=sum(arrived_G)
+            experts_GL.reshape(-1), sent.num_arrived_GL.reshape(-1), output_size=sum(sent.num_arrived_G)
         )
         arrived = sort_by_expert(experts_A[:, None], num_local, align)
-        journey = _Journey(sent, sent_G, arrived_G, arrived)
-        x_RD, weights_R = permute(x_AD, arrived), permute_weights(weights_A[:, None], arrived)
+        journey = _Journey(sent.sent, sent.num_sent_G, sent.num_arrived_G, arrived)
+        x_RD, weights_R = permute(sent.x_AD, arrived), permute_weights(sent.weights_A[:, None], arrived)
         return Routed(x_RD, weights_R, arrived.offsets_E, journey)
 
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
-        """y_TD: the sum of every token's rows. Collective."""
-        journey = cast(_Journey, routed.journey)
+        """y_TD: the sum of every token's rows."""
+        journey: _Journey = routed.journey
         y_AD = combine(y_RD, journey.arrived)
         return combine(_exchange(y_AD, journey.num_sent_G, journey.num_arrived_G, self.group), journey.sent)
 

@@ -29,9 +29,15 @@ class Routed:
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to their experts and back; replaced where the experts are on several ranks."""
+    """Brings tokens to their experts and back; replaced where the experts are on several ranks.
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, align: int) -> Routed:
+    Sending and receiving are two calls, so that something else can be computed while rows travel.
+    """
+
+    def send(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Any:
+        """Begin to bring rows to their experts; the result is for `receive`."""
+
+    def receive(self, sent: Any, align: int) -> Routed:
         """Rows sorted by expert, each expert's padded to a multiple of `align`."""
 
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
@@ -44,8 +50,11 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, align: int) -> Routed:
-        """`align`: each expert's rows are padded to a multiple of this."""
+    def send(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x_TD, weights_TK, experts_TK
+
+    def receive(self, sent: tuple[Tensor, Tensor, Tensor], align: int) -> Routed:
+        x_TD, weights_TK, experts_TK = sent
         permutation = sort_by_expert(experts_TK, self.num_experts, align)
         x_RD, weights_R = permute(x_TD, permutation), permute_weights(weights_TK, permutation)
         return Routed(x_RD, weights_R, permutation.offsets_E, permutation)

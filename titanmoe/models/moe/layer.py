@@ -27,7 +27,10 @@ class MoELayer(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         weights_TK, experts_TK = self.router(x_BSD)
-        routed = self.dispatcher.dispatch(x_BSD.flatten(0, 1), weights_TK, experts_TK, row_alignment(x_BSD))
+        sent = self.dispatcher.send(x_BSD.flatten(0, 1), weights_TK, experts_TK)
+        shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
+        routed = self.dispatcher.receive(sent, row_alignment(x_BSD))
+        del sent  # the rows as they travelled are not needed while the experts compute
         y_RD = self.experts(routed.x_RD, routed.weights_R, routed.offsets_E)
         y_BSD = self.dispatcher.combine(y_RD, routed).view_as(x_BSD)
-        return y_BSD if self.shared_experts is None else y_BSD + self.shared_experts(x_BSD)
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD
