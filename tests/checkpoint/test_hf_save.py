@@ -1,4 +1,4 @@
-"""Writing folders: files and index, FP8, targets in use, failing disks, comparing, shards, memory."""
+"""Writing folders: files and index, targets in use, failing disks, comparing, shards, memory."""
 
 from __future__ import annotations
 
@@ -19,64 +19,43 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from tests.checkpoint.hf_models import load_reference, read_all, save_reference, some_tokens
+from tests.checkpoint.hf_models import read_all, save_reference
 from tests.checkpoint.memory import forget_peak, needs_proc, status_mib
+from tests.checkpoint.small_models import ATTENTION, SPEC, WIDE, build, names_in
 from tests.ranks import run_ranks
 from titanmoe.checkpoint import hf_save
-from titanmoe.checkpoint.hf_entries import Entry, config_entries, entries_of
+from titanmoe.checkpoint.hf_entries import Entry, entries_of
 from titanmoe.checkpoint.hf_folder import list_tensors
 from titanmoe.checkpoint.hf_load import load_hf_weights
-from titanmoe.checkpoint.hf_save import check_exportable, save_hf
+from titanmoe.checkpoint.hf_save import save_hf
 from titanmoe.checkpoint.hf_verify import find_difference
 from titanmoe.checkpoint.model_tensors import model_tensors
 from titanmoe.checkpoint.pretrained import family_of_spec, from_pretrained, save_pretrained, spec_of_hf_folder
 from titanmoe.checkpoint.progress import log_progress
 from titanmoe.config.errors import ConfigError
 from titanmoe.data.tokenizer import load_tokenizer
-from titanmoe.models.build import build_model, init_weights, materialize
-from titanmoe.models.common_rules import SELECTION_BIAS, STACKED_EXPERTS
-from titanmoe.models.decoder import Decoder
+from titanmoe.models.build import build_model, materialize
+from titanmoe.models.common_rules import SELECTION_BIAS
 from titanmoe.models.families.qwen3 import FAMILY
-from titanmoe.models.family import FAMILIES, Family, get_family
+from titanmoe.models.family import Family
 from titanmoe.models.keys import Axes, Piece, Rule
-from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
-from titanmoe.ops.scaled_casts import dequantize_blocks
+from titanmoe.models.spec import DecoderSpec, GroupedQuery, LayerSpec, MoE, Rope, Router
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.ranks import Ranks
 from titanmoe.training.errors import NotExportedError
-
-_ATTENTION = GroupedQuery(4, 2, 16, Rope(16, 1e4), qk_norm=True)
-_SPEC = DecoderSpec(
-    dim=48,
-    vocab_size=97,
-    layers=(LayerSpec(_ATTENTION, MoE(6, 2, 40)), LayerSpec(_ATTENTION, Dense(56))),
-    max_seq_len=64,
-    family="qwen3",
-)
-
-
-def _model(spec: DecoderSpec = _SPEC, dtype: torch.dtype = torch.float32) -> Decoder:
-    model = materialize(build_model(spec, dtype=dtype), "cpu")
-    init_weights(model, seed=3)
-    return model
-
-
-def _names(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir()}
-
 
 # What is written
 
 
 def test_one_file_when_it_fits(tmp_path: Path) -> None:
-    save_pretrained(_model(), tmp_path / "deep" / "er" / "model")
-    assert _names(tmp_path / "deep" / "er" / "model") == {"config.json", "model.safetensors"}
-    assert _names(tmp_path / "deep" / "er") == {"model"}
+    save_pretrained(build(), tmp_path / "deep" / "er" / "model")
+    assert names_in(tmp_path / "deep" / "er" / "model") == {"config.json", "model.safetensors"}
+    assert names_in(tmp_path / "deep" / "er") == {"model"}
 
 
 def test_shards_stay_below_the_limit_and_the_index_is_true(tmp_path: Path) -> None:
     limit = 20_000
-    save_pretrained(_model(), tmp_path / "model", max_shard_bytes=limit)
+    save_pretrained(build(), tmp_path / "model", max_shard_bytes=limit)
     files = sorted((tmp_path / "model").glob("*.safetensors"))
     assert [file.name for file in files] == [
         f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
@@ -92,16 +71,16 @@ def test_shards_stay_below_the_limit_and_the_index_is_true(tmp_path: Path) -> No
         weight_map |= dict.fromkeys(tensors, file.name)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert index == {"metadata": {"total_size": total}, "weight_map": weight_map}
-    assert total == sum(parameter.nbytes for parameter in _model().parameters())
+    assert total == sum(parameter.nbytes for parameter in build().parameters())
 
 
 def test_a_tensor_larger_than_the_limit_has_a_file_of_its_own(tmp_path: Path) -> None:
-    save_pretrained(_model(), tmp_path / "model", max_shard_bytes=1)
+    save_pretrained(build(), tmp_path / "model", max_shard_bytes=1)
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == len(read_all(tmp_path / "model"))
 
 
 def test_parameters_of_several_dtypes_keep_theirs(tmp_path: Path) -> None:
-    model = _model(dtype=torch.bfloat16)
+    model = build(dtype=torch.bfloat16)
     gate = model.layers["0"].moe.router.gate
     gate.weight = torch.nn.Parameter(gate.weight.float() * 1.001)
     save_pretrained(model, tmp_path / "model")
@@ -118,11 +97,11 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "README.md", "model.safetensors"):
         (source / name).write_text(name)
     (source / "generation_config.json").write_text('{"eos_token_id": [3, 5], "top_p": 0.9}')
-    save_pretrained(_model(), tmp_path / "model", tokenizer=source)
+    save_pretrained(build(), tmp_path / "model", tokenizer=source)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"] == [3, 5]
-    assert _names(tmp_path / "model") == _names(source) - {"README.md"} | {"config.json"}
+    assert names_in(tmp_path / "model") == names_in(source) - {"README.md"} | {"config.json"}
     assert (tmp_path / "model" / "tokenizer.json").read_text() == "tokenizer.json"
-    save_pretrained(_model(), tmp_path / "builtin", tokenizer="builtin")
+    save_pretrained(build(), tmp_path / "builtin", tokenizer="builtin")
     assert (tmp_path / "builtin" / "tokenizer.json").stat().st_size > 10_000
     # Made from the tokenizer, which has none of its own.
     tokenizer = load_tokenizer("builtin")
@@ -132,16 +111,16 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
         assert (values["eos_token_id"], values["pad_token_id"]) == (tokenizer.eos_id, tokenizer.pad_id)
     (source / "generation_config.json").write_text("[]")
     with pytest.raises(ConfigError, match="does not hold a JSON object"):
-        save_pretrained(_model(), tmp_path / "other", tokenizer=source)
+        save_pretrained(build(), tmp_path / "other", tokenizer=source)
     with pytest.raises(ConfigError, match="has no tokenizer"):
-        save_pretrained(_model(), tmp_path / "other", tokenizer=tmp_path / "model" / "..")
-    assert _names(tmp_path) == {"source", "model", "builtin"}
+        save_pretrained(build(), tmp_path / "other", tokenizer=tmp_path / "model" / "..")
+    assert names_in(tmp_path) == {"source", "model", "builtin"}
 
 
 def test_wrapper_names_do_not_reach_the_files(tmp_path: Path) -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    model = _model()
+    model = build()
     save_pretrained(model, tmp_path / "plain")
     model.layers["0"] = checkpoint_wrapper(model.layers["0"])
     model.layers["1"] = torch.compile(model.layers["1"], backend="eager")
@@ -153,9 +132,9 @@ def test_wrapper_names_do_not_reach_the_files(tmp_path: Path) -> None:
 
 
 def test_a_buffer_stays_float32_whatever_the_dtype(tmp_path: Path) -> None:
-    spec = replace(_SPEC, layers=(LayerSpec(_ATTENTION, MoE(6, 2, 40, Router(selection_bias=True))),))
+    spec = replace(SPEC, layers=(LayerSpec(ATTENTION, MoE(6, 2, 40, Router(selection_bias=True))),))
     family = replace(FAMILY, rules=(*FAMILY.rules, *SELECTION_BIAS), from_hf_config=lambda config: spec)
-    model = _model(spec)
+    model = build(spec)
     bias = model.layers["0"].moe.router.expert_bias
     bias.copy_(torch.randn(6) * 1e-3)
     tensors = model_tensors(model)
@@ -178,146 +157,31 @@ def test_rows_of_transposed_files_come_a_few_at_a_time(stacked: Tensor) -> None:
         assert torch.equal(block, stacked.mT[row : row + len(block)])
 
 
-# FP8
-
-# Several blocks along each side, some of them partial.
-_WIDE = DecoderSpec(
-    dim=200,
-    vocab_size=97,
-    layers=(LayerSpec(_ATTENTION, MoE(3, 2, 136)), LayerSpec(_ATTENTION, Dense(300))),
-    max_seq_len=64,
-    family="qwen3",
-)
-
-
-def test_fp8_is_for_the_linears_and_comes_back_as_it_was_rounded(tmp_path: Path) -> None:
-    model = _model(_WIDE)
-    save_pretrained(model, tmp_path / "model", dtype=torch.float8_e4m3fn, max_shard_bytes=100_000)
-    tensors, back = (
-        read_all(tmp_path / "model"),
-        dict(from_pretrained(tmp_path / "model", dtype=torch.float32).named_parameters()),
-    )
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
-    codes = {key for key, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
-    scales = {key for key, tensor in tensors.items() if tensor.dtype == torch.float32}
-    assert {key + "_scale_inv" for key in codes} == scales
-    assert {tensors[key].dtype for key in tensors.keys() - codes - scales} == {torch.bfloat16}
-    segments = {key.split(".")[-2] for key in codes}
-    assert segments == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert len(codes) == 2 * 4 + 3 * 3 + 3
-    assert tensors["model.layers.1.mlp.gate_proj.weight_scale_inv"].shape == (3, 2)
-    for name, parameter in model.named_parameters():
-        difference = (back[name] - parameter).abs().max() / parameter.abs().max()
-        is_fp8 = name.endswith(("_proj.weight", "experts.gate_up", "experts.down"))
-        assert (1e-3 < difference < 1 / 16) if is_fp8 else difference < 2**-8, name
-    codes_gate = tensors["model.layers.0.mlp.experts.2.up_proj.weight"]
-    scales_gate = tensors["model.layers.0.mlp.experts.2.up_proj.weight_scale_inv"]
-    assert torch.equal(back["layers.0.moe.experts.gate_up"][2, 1], dequantize_blocks(codes_gate, scales_gate))
-
-
-def test_fp8_config_lists_the_linears_that_are_not_quantised(tmp_path: Path) -> None:
-    save_pretrained(_model(_WIDE), tmp_path / "model", dtype=torch.float8_e4m3fn)
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["torch_dtype"] == "bfloat16"
-    assert config["quantization_config"] == {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-        "modules_to_not_convert": ["model.embed_tokens", "model.layers.0.mlp.gate", "lm_head"],
-    }
-    tied = replace(_WIDE, tie_embeddings=True)
-    save_pretrained(_model(tied), tmp_path / "tied", dtype=torch.float8_e4m3fn)
-    config = json.loads((tmp_path / "tied" / "config.json").read_text())
-    assert "lm_head" in config["quantization_config"]["modules_to_not_convert"]
-    save_pretrained(_model(), tmp_path / "plain")
-    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-
-
-@pytest.mark.parametrize("variant", ["moe", "dense"])
-def test_transformers_loads_fp8(tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU it dequantises; of blocks that are partial it makes other blocks, so here are none."""
-    from transformers.quantizers import quantizer_finegrained_fp8
-
-    # Wanted for placing modules on several devices only.
-    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
-    feed_forward = MoE(4, 2, 128) if variant == "moe" else Dense(384)
-    attention = GroupedQuery(4, 2, 64, Rope(64, 1e4), qk_norm=True)
-    layers = (LayerSpec(attention, feed_forward),) * 2
-    tied = variant == "dense"
-    spec = DecoderSpec(256, 97, layers, tie_embeddings=tied, max_seq_len=64, family="qwen3")
-    model = _model(spec)
-    save_pretrained(model, tmp_path / "model", dtype=torch.float8_e4m3fn, max_shard_bytes=300_000)
-    ours = from_pretrained(tmp_path / "model", dtype=torch.float32)
-    theirs = load_reference(tmp_path / "model").float()
-    tokens = some_tokens()
-    with torch.no_grad():
-        found, expected, before = ours(tokens), theirs(tokens).logits, model(tokens)
-    # What FP8 changes is thousands of times more than what the order of sums does.
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert (found - before).abs().max() > 1e-3 * before.abs().max()
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_in_every_family_fp8_is_for_linears_and_experts_only(name: str) -> None:
-    """By the kinds of modules in the model: every linear but the output and the routers'."""
-    family = get_family(name)
-    spec = family.flavor("debugmodel_moe" if name == "qwen3" else "debugmodel")
-    model = build_model(spec)
-    if name in ("llama4", "gpt_oss"):
-        with pytest.raises(ConfigError, match=f"files of family '{name}' hold .* stacked or transposed"):
-            check_exportable(model, family, spec, torch.float8_e4m3fn)
-        return
-    modules = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    kept = {path for path in modules if path == "output" or path.endswith(".router.gate")}
-    experts = {path for path, _ in model.named_parameters() if ".experts." in path and "shared_experts" not in path}
-    expected = {f"{path}.weight" for path in modules - kept} | experts
-    entries = entries_of(model_tensors(model), family, torch.float8_e4m3fn)
-    assert {entry.name for entry in entries if entry.dtype == torch.float8_e4m3fn} == expected
-    of_kept = {entry.key.removesuffix(".weight") for entry in entries if entry.name.removesuffix(".weight") in kept}
-    listed = config_entries(model_tensors(model), family, entries)["quantization_config"]["modules_to_not_convert"]
-    assert of_kept <= set(listed) and kept
-
-
-def test_what_has_no_fp8_form_is_refused(tmp_path: Path) -> None:
-    stacked = replace(FAMILY, rules=[rule for rule in FAMILY.rules if "experts" not in rule.pattern])
-    stacked = replace(stacked, rules=(*stacked.rules, *STACKED_EXPERTS))
-    with pytest.raises(ConfigError, match=r"hold model.layers.0.mlp.experts.gate_up_proj stacked or transposed"):
-        save_hf(_model(), tmp_path / "model", stacked, _SPEC, dtype=torch.float8_e4m3fn)
-    model = _model()
-    model.layers["1"].feed_forward.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ConfigError, match=r"layers.1.feed_forward.up_proj.weight: has values that are not finite"):
-        save_pretrained(model, tmp_path / "model", dtype=torch.float8_e4m3fn)
-    assert _names(tmp_path) == set()
-    save_pretrained(model, tmp_path / "model")
-    assert _names(tmp_path) == {"model"}
-
-
 # What cannot be written
 
 
 def test_a_buffer_without_a_place_in_the_files_is_named_before_anything_is_written(tmp_path: Path) -> None:
     biased = MoE(6, 2, 40, Router(selection_bias=True))
-    spec = replace(_SPEC, layers=(LayerSpec(_ATTENTION, biased),))
+    spec = replace(SPEC, layers=(LayerSpec(ATTENTION, biased),))
     with pytest.raises(ConfigError, match=r"no place for layers.0.moe.router.expert_bias"):
-        save_hf(_model(spec), tmp_path / "model", FAMILY, spec)
-    assert _names(tmp_path) == set()
+        save_hf(build(spec), tmp_path / "model", FAMILY, spec)
+    assert names_in(tmp_path) == set()
 
 
 def test_a_spec_that_config_json_cannot_say_is_refused(tmp_path: Path) -> None:
-    spec = replace(_SPEC, layers=(LayerSpec(_ATTENTION, MoE(6, 2, 40, Router(scale=2.5))),))
+    spec = replace(SPEC, layers=(LayerSpec(ATTENTION, MoE(6, 2, 40, Router(scale=2.5))),))
     with pytest.raises(ConfigError, match="cannot describe this model"):
-        save_hf(_model(spec), tmp_path / "model", FAMILY, spec)
+        save_hf(build(spec), tmp_path / "model", FAMILY, spec)
     with pytest.raises(ConfigError, match="the model belongs to no family"):
-        save_pretrained(_model(replace(_SPEC, family="")), tmp_path / "model")
-    assert _names(tmp_path) == set()
-    assert family_of_spec(_SPEC) is FAMILY
+        save_pretrained(build(replace(SPEC, family="")), tmp_path / "model")
+    assert names_in(tmp_path) == set()
+    assert family_of_spec(SPEC) is FAMILY
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.int8, torch.float64])
 def test_dtypes_that_are_not_written(tmp_path: Path, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match="Choose float32, bfloat16, float16 or float8_e4m3fn"):
-        save_pretrained(_model(), tmp_path / "model", dtype=dtype)
+        save_pretrained(build(), tmp_path / "model", dtype=dtype)
 
 
 # Targets in use
@@ -325,35 +189,35 @@ def test_dtypes_that_are_not_written(tmp_path: Path, dtype: torch.dtype) -> None
 
 def test_an_existing_export_is_replaced_only_on_request(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    save_pretrained(_model(), target, max_shard_bytes=20_000)
+    save_pretrained(build(), target, max_shard_bytes=20_000)
     before = {file.name: file.read_bytes() for file in target.iterdir()}
     with pytest.raises(ConfigError, match="not empty"):
-        save_pretrained(_model(), target)
+        save_pretrained(build(), target)
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
-    save_pretrained(_model(), target, overwrite=True)
-    assert _names(target) == {"config.json", "model.safetensors"}
-    assert _names(tmp_path) == {"model"}
+    save_pretrained(build(), target, overwrite=True)
+    assert names_in(target) == {"config.json", "model.safetensors"}
+    assert names_in(tmp_path) == {"model"}
 
 
 def test_foreign_files_are_never_deleted(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    save_pretrained(_model(), target)
+    save_pretrained(build(), target)
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"not of a model export \(notes.txt\)"):
-        save_pretrained(_model(), target, overwrite=True)
-    assert _names(target) == {"config.json", "model.safetensors", "notes.txt"}
+        save_pretrained(build(), target, overwrite=True)
+    assert names_in(target) == {"config.json", "model.safetensors", "notes.txt"}
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="is a file"):
-        save_pretrained(_model(), tmp_path / "file", overwrite=True)
+        save_pretrained(build(), tmp_path / "file", overwrite=True)
     with pytest.raises(ConfigError, match="file: is a file"):
-        save_pretrained(_model(), tmp_path / "file" / "model")
-    assert _names(tmp_path) == {"model", "file"}
+        save_pretrained(build(), tmp_path / "file" / "model")
+    assert names_in(tmp_path) == {"model", "file"}
 
 
 def test_an_empty_folder_and_a_link_are_targets(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    save_pretrained(_model(), tmp_path / "link")
+    save_pretrained(build(), tmp_path / "link")
     assert (tmp_path / "real" / "model.safetensors").exists()
     assert (tmp_path / "link").is_symlink()
 
@@ -364,7 +228,7 @@ def test_an_empty_folder_and_a_link_are_targets(tmp_path: Path) -> None:
 def _save_with_small_files_only(target: Path) -> str:
     """The system fails every write beyond 50 kB of a file, as a full disk fails it."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    model = _model()
+    model = build()
     if os.environ["WORLD_SIZE"] != "1":
         fully_shard(model)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -384,19 +248,19 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, world_size: in
     assert len(messages) == world_size
     for message in messages:
         assert "writing the model failed: File too large" in message
-    assert _names(tmp_path) == set()
+    assert names_in(tmp_path) == set()
 
 
 def test_too_little_space_is_seen_in_advance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match="too little space: the weights take"):
-        save_pretrained(_model(), tmp_path / "model")
-    assert _names(tmp_path) == set()
+        save_pretrained(build(), tmp_path / "model")
+    assert names_in(tmp_path) == set()
 
 
 def test_a_failing_rename_keeps_the_old_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "model"
-    save_pretrained(_model(), target)
+    save_pretrained(build(), target)
     before = (target / "model.safetensors").read_bytes()
     rename = Path.replace
 
@@ -407,9 +271,9 @@ def test_a_failing_rename_keeps_the_old_export(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "replace", failing)
     with pytest.raises(ConfigError, match="Input/output error"):
-        save_pretrained(_model(), target, dtype=torch.bfloat16, overwrite=True)
+        save_pretrained(build(), target, dtype=torch.bfloat16, overwrite=True)
     assert (target / "model.safetensors").read_bytes() == before
-    assert _names(tmp_path) == {"model"}
+    assert names_in(tmp_path) == {"model"}
 
 
 # Comparing
@@ -427,7 +291,7 @@ def _flip(folder: Path, key: str, byte: int) -> None:
 
 def _save_with_a_flip(target: Path, dtype: torch.dtype, key: str, byte: int) -> str:
     """The disk changes a byte between writing and comparing."""
-    model = _model(_WIDE)
+    model = build(WIDE)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         fully_shard(model)
 
@@ -456,7 +320,7 @@ def _save_with_a_flip(target: Path, dtype: torch.dtype, key: str, byte: int) -> 
 def test_a_changed_byte_is_found(tmp_path: Path, dtype: torch.dtype, key: str, place: str) -> None:
     message = _save_with_a_flip(tmp_path / "model", dtype, key, 13)
     assert f"what was written is not the model: {key} {place}: " in message
-    assert _names(tmp_path) == set()
+    assert names_in(tmp_path) == set()
 
 
 def test_a_changed_scale_is_found(tmp_path: Path) -> None:
@@ -471,19 +335,19 @@ def test_on_two_ranks_both_hear_of_a_difference(tmp_path: Path) -> None:
     arguments = (tmp_path / "model", torch.bfloat16, "model.layers.1.ffn", 0)
     messages = run_ranks(_save_with_a_flip, 2, *arguments[:2], "model.layers.1.mlp.up_proj.weight", 7)
     assert messages[0] == messages[1] and "model.layers.1.mlp.up_proj.weight [0, 3]" in messages[0]
-    assert _names(tmp_path) == set()
+    assert names_in(tmp_path) == set()
 
 
 def test_without_comparing_a_changed_byte_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_save, "find_difference", None)
-    save_pretrained(_model(), tmp_path / "model", verify=False)
-    assert _names(tmp_path) == {"model"}
+    save_pretrained(build(), tmp_path / "model", verify=False)
+    assert names_in(tmp_path) == {"model"}
 
 
 def test_a_wrong_order_is_found(tmp_path: Path) -> None:
     """Rules that read another permutation than was written, of the same shapes."""
-    spec = replace(_SPEC, dim=40)
-    model = _model(spec)
+    spec = replace(SPEC, dim=40)
+    model = build(spec)
     save_pretrained(model, tmp_path / "model")
     tensors = model_tensors(model)
     entries = entries_of(tensors, FAMILY, None)
@@ -509,10 +373,10 @@ def test_a_wrong_order_is_found(tmp_path: Path) -> None:
 
 
 def test_other_files_than_were_meant_are_found(tmp_path: Path) -> None:
-    model = _model()
+    model = build()
     tensors = model_tensors(model)
 
-    def difference(dtype: torch.dtype | None = None, spec: DecoderSpec = _SPEC) -> str:
+    def difference(dtype: torch.dtype | None = None, spec: DecoderSpec = SPEC) -> str:
         return find_difference(
             tmp_path / "model",
             tensors,
@@ -526,19 +390,19 @@ def test_other_files_than_were_meant_are_found(tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "model")
     assert difference() == ""
     assert "model.embed_tokens.weight is F32" in difference(torch.bfloat16)
-    assert "config.json describes another model" in difference(spec=replace(_SPEC, norm_eps=1e-5))
+    assert "config.json describes another model" in difference(spec=replace(SPEC, norm_eps=1e-5))
     with torch.no_grad():
         model.norm.weight[5] += 1e-6
     assert "model.norm.weight [5]: 1.0 in the file, 1.00000" in difference()
-    save_pretrained(_model(replace(_SPEC, tie_embeddings=True)), tmp_path / "model", overwrite=True)
-    (tmp_path / "model" / "config.json").write_text(json.dumps(FAMILY.to_hf_config(_SPEC, "float32")))
+    save_pretrained(build(replace(SPEC, tie_embeddings=True)), tmp_path / "model", overwrite=True)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(FAMILY.to_hf_config(SPEC, "float32")))
     assert "missing or unknown tensors: lm_head.weight" in difference()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
     assert "the file is empty" in difference()
 
 
 def test_numbers_that_are_not_finite_are_compared_by_their_bits(tmp_path: Path) -> None:
-    model = _model()
+    model = build()
     model.norm.weight.data[:3] = torch.tensor([torch.nan, torch.inf, -0.0])
     save_pretrained(model, tmp_path / "model")
     assert str(read_all(tmp_path / "model")["model.norm.weight"][:3].tolist()) == "[nan, inf, -0.0]"
@@ -561,8 +425,8 @@ def test_two_ranks_write_the_files_of_one(tmp_path: Path) -> None:
     save_reference(tmp_path / "source", "moe_with_dense_layers_and_bias", torch.bfloat16)
     save_pretrained(from_pretrained(tmp_path / "source"), tmp_path / "one", max_shard_bytes=50_000)
     run_ranks(_load_and_save, 2, tmp_path / "source", tmp_path / "two")
-    assert _names(tmp_path / "one") == _names(tmp_path / "two")
-    assert len(_names(tmp_path / "one")) > 3
+    assert names_in(tmp_path / "one") == names_in(tmp_path / "two")
+    assert len(names_in(tmp_path / "one")) > 3
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 

@@ -92,7 +92,6 @@ _FLAVORS = {
         dense_dim=1024,
         vocab_size=2048,
         scaling=_yarn(0.7),
-        max_seq_len=16_384,
     ),
     # DeepSeek-V2-Lite.
     "16B": _spec(
