@@ -96,10 +96,12 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "README.md", "model.safetensors"):
         (source / name).write_text(name)
-    (source / "generation_config.json").write_text('{"eos_token_id": [3, 5], "top_p": 0.9}')
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 5], "bos_token_id": null, "top_p": 0.9}')
+    (source / "config.json").write_text('{"eos_token_id": 4, "bos_token_id": 2}')
     save_pretrained(build(), tmp_path / "model", tokenizer=source)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"] == [3, 5]
-    assert names_in(tmp_path / "model") == names_in(source) - {"README.md"} | {"config.json"}
+    written = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (written["eos_token_id"], written["bos_token_id"]) == ([3, 5], 2)
+    assert names_in(tmp_path / "model") == names_in(source) - {"README.md"}
     assert (tmp_path / "model" / "tokenizer.json").read_text() == "tokenizer.json"
     save_pretrained(build(), tmp_path / "builtin", tokenizer="builtin")
     assert (tmp_path / "builtin" / "tokenizer.json").stat().st_size > 10_000

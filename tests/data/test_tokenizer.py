@@ -80,7 +80,8 @@ def test_too_little_text_to_train_on():
 
 
 def test_transformers_agrees():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     theirs = transformers.AutoTokenizer.from_pretrained(BUILTIN_TOKENIZER)
     ours = load_tokenizer(None)
     text = "class A:\n    pass  # <|im_end|> 日本\n"

@@ -26,7 +26,8 @@ def _config(flavor: str = "20b", **changes: Any) -> dict[str, Any]:
 
 
 def _transformers_config(**options: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     return transformers.AutoConfig.for_model(**{"model_type": "gpt_oss", **options})
 
 
@@ -148,7 +149,7 @@ def test_bf16_files_interleave_gate_and_up_and_are_in_out(dim: int, hidden_dim: 
 @pytest.mark.parametrize(("dim", "hidden_dim"), [(32, 64), (64, 64)])
 def test_mxfp4_files_mean_what_transformers_makes_of_them(dim: int, hidden_dim: int) -> None:
     """transformers decodes and transposes into the bf16 form; our rules take the decoded values as they lie."""
-    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    from transformers.integrations import mxfp4
 
     def random_blocks(out: int, num_in: int) -> Tensor:
         blocks = torch.randint(256, (3, out, num_in // 32, 16), dtype=torch.uint8)

@@ -184,7 +184,7 @@ def test_ropes_of_both_styles(name: str) -> None:
 @pytest.mark.parametrize("name", _ROPES)
 def test_ropes_are_those_of_transformers(name: str) -> None:
     """Frequencies and the factor on cos and sin, of its own functions and its own reading of the config, to the bit."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     values, rope = _ROPES[name]
@@ -268,7 +268,6 @@ _WINDOWS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("values", _WINDOWS)
 @pytest.mark.parametrize("num_layers", [3, 30])
 def test_windows_are_those_of_transformers(values: dict[str, Any], num_layers: int) -> None:
-    pytest.importorskip("transformers")
     if "layer_types" in values:
         values = {**values, "layer_types": values["layer_types"] * (num_layers // 3)}
     config = config_class_of({"model_type": "qwen2", **_LLAMA, "num_hidden_layers": num_layers, **values})

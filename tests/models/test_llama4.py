@@ -30,7 +30,8 @@ def _config(flavor: str = "17bx16e", **changes: Any) -> dict[str, Any]:
 
 
 def _transformers_config(**options: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     return transformers.AutoConfig.for_model(**{"model_type": "llama4_text", **options})
 
 
@@ -67,7 +68,8 @@ def test_transformers_configs_come_back(variant: str) -> None:
 
 
 def test_a_multimodal_config_gives_its_text_model() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     text = _config("debugmodel")
     values = transformers.Llama4Config(text_config=text, architectures=["Llama4ForConditionalGeneration"]).to_dict()
     assert family_of_hf_config(values) is FAMILY
@@ -78,7 +80,8 @@ def test_a_multimodal_config_gives_its_text_model() -> None:
 
 
 def test_a_multimodal_checkpoint_computes_the_same_text(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     vision = {
         "hidden_size": 16,
         "num_hidden_layers": 1,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from tests.parity.reference import random_model
 from tests.parity.variants import VARIANTS
@@ -13,8 +14,6 @@ from tests.train.jobs import assert_close, run, write_job
 from titanmoe.checkpoint.pretrained import spec_of_hf_folder
 from titanmoe.models.family import FAMILIES
 from titanmoe.models.spec import num_experts
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

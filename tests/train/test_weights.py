@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from tests.train.jobs import (
     TINY,
@@ -24,8 +25,6 @@ from titanmoe.data.loader import DataLoader
 from titanmoe.data.packing import Batch
 from titanmoe.data.sources import open_source
 from titanmoe.data.tokenizer import load_tokenizer
-
-transformers = pytest.importorskip("transformers")
 
 SAVE = "--checkpoint.enable"
 

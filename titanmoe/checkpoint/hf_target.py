@@ -91,9 +91,9 @@ def copy_generation_config(source: Path, folder: Path) -> dict[str, Any]:
     else:
         values = _token_ids(source)
         write_json(folder / GENERATION_CONFIG_NAME, values)
-    if (source / CONFIG_NAME).is_file():
-        values = {**read_json_object(source / CONFIG_NAME), **values}
-    return {key: values[key] for key in _IDS if values.get(key) is not None}
+    others = read_json_object(source / CONFIG_NAME) if (source / CONFIG_NAME).is_file() else {}
+    ids = {key: others.get(key) if values.get(key) is None else values[key] for key in _IDS}
+    return {key: number for key, number in ids.items() if number is not None}
 
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
