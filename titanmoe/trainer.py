@@ -26,7 +26,7 @@ from titanmoe.config.job_config import JobConfig
 from titanmoe.config.sizes import (
     check_experts_can_be_dealt,
     check_heads_can_be_dealt,
-    data_parallel_degrees,
+    degrees_of,
     global_batch_size,
 )
 from titanmoe.config.validate import validate
@@ -122,11 +122,10 @@ class Trainer:
         set_seed(self.seed + self.world.rank)
         if config.debug.deterministic:
             set_deterministic(config.debug.deterministic_warn_only)
-        replicate, shard = data_parallel_degrees(config, self.world.size)
-        context, expert = config.parallelism.context_parallel_degree, config.parallelism.expert_parallel_degree
-        self.mesh = Mesh.build(self.world.device, dp_replicate=replicate, dp_shard=shard, cp=context, ep=expert)
+        degrees = degrees_of(config, self.world.size)
+        self.mesh = Mesh.build(self.world.device, degrees)
         self.global_batch_size = global_batch_size(config, self.world.size)
-        self.lanes_per_rank = self.global_batch_size // self.mesh.num_data_ranks
+        self.lanes_per_rank = self.global_batch_size // degrees.num_data_ranks
         self.num_microbatches = self.lanes_per_rank // config.training.local_batch_size
 
         self.loader = self.ranks.on_each(partial(self._build_loader, "train", config.training.local_batch_size))
@@ -180,7 +179,7 @@ class Trainer:
                 epochs=config.training.epochs if is_training else 1,
                 document_mask=config.data.document_mask,
                 append_eos=config.data.append_eos,
-                part=(self.mesh.context_rank, self.mesh.cp),
+                part=(self.mesh.context_rank, self.mesh.degrees.cp),
                 prefetch=section.dataloader.num_workers * (section.dataloader.prefetch_factor or 2),
             )
         )

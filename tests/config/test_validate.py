@@ -9,8 +9,7 @@ from titanmoe.config.sizes import (
     accumulation_steps,
     check_experts_can_be_dealt,
     check_heads_can_be_dealt,
-    data_parallel_degree,
-    data_parallel_degrees,
+    degrees_of,
     global_batch_size,
     tokens_per_step,
 )
@@ -32,8 +31,9 @@ LOCAL, GLOBAL = "--training.local_batch_size", "--training.global_batch_size"
 )
 def test_degrees(args, world_size, degrees):
     config = load_config(None, args)
-    assert data_parallel_degrees(config, world_size) == degrees
-    assert data_parallel_degree(config, world_size) == world_size
+    found = degrees_of(config, world_size)
+    assert (found.dp_replicate, found.dp_shard) == degrees
+    assert found.num_data_ranks == found.num_ranks == world_size
     validate(config, world_size)
 
 

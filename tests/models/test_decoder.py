@@ -10,6 +10,7 @@ import torch
 
 from tests.models.kinds import KINDS
 from tests.ranks import run_ranks
+from titanmoe.config.sizes import Degrees
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.family import get_family
 from titanmoe.parallel.mesh import Mesh
@@ -109,7 +110,7 @@ def test_values_depend_on_seed_and_name() -> None:
 
 def _sharded_values() -> dict[str, torch.Tensor]:
     model = build_model(SPEC)
-    mesh = Mesh.build(torch.device("cpu"), dp_replicate=1, dp_shard=4)
+    mesh = Mesh.build(torch.device("cpu"), Degrees(dp_shard=4))
     parallelize(model, mesh, param_dtype=torch.float32, reduce_dtype=torch.float32)
     materialize(model, "cpu")
     init_weights(model, 7)

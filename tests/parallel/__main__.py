@@ -48,7 +48,7 @@ def layouts(numbers_of_ranks: Sequence[int]) -> Iterator[Layout]:
             for dp_shard in _divisors(num_ranks // dp_replicate):
                 cp = num_ranks // dp_replicate // dp_shard
                 for ep in _divisors(dp_shard * cp):
-                    yield Layout(dp_replicate, dp_shard, cp, ep)
+                    yield Layout(dp_replicate=dp_replicate, dp_shard=dp_shard, cp=cp, ep=ep)
 
 
 def _divisors(number: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
+from titanmoe.config.sizes import Degrees
 from titanmoe.data.packing import Batch
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
@@ -26,23 +27,18 @@ Change = Callable[[Decoder], None]
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Degrees):
     """Degrees of parallelism, and what does not change the mesh but meets it."""
 
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    ep: int = 1
     recompute: str = "none"
     reshard: str = "default"
 
     @property
-    def num_ranks(self) -> int:
-        return self.dp_replicate * self.dp_shard * self.cp
+    def degrees(self) -> Degrees:
+        return Degrees(**{field.name: getattr(self, field.name) for field in fields(Degrees)})
 
     def __str__(self) -> str:
-        degrees = ("dp_replicate", "dp_shard", "cp", "ep")
-        named = [f"{name} {getattr(self, name)}" for name in degrees if getattr(self, name) > 1]
+        named = [f"{name} {size}" for name, size in self.degrees.named().items() if size > 1]
         return ", ".join(named) or "one process"
 
 
@@ -86,18 +82,12 @@ def on_ranks(spec: DecoderSpec, layout: Layout, change: Change | None = None) ->
 
 def step_on_mesh(model: Decoder, mesh: Mesh) -> Step:
     """This rank's part of the step, with whole gradients all the same."""
-    rows = GLOBAL_BATCH // mesh.num_data_ranks
-    return _step(model, _batch(mesh.data_rank * rows, rows).part(mesh.context_rank, mesh.cp))
+    rows = GLOBAL_BATCH // mesh.degrees.num_data_ranks
+    return _step(model, _batch(mesh.data_rank * rows, rows).part(mesh.context_rank, mesh.degrees.cp))
 
 
 def _on_rank(spec: DecoderSpec, layout: Layout, change: Change | None) -> Step:
-    mesh = Mesh.build(
-        torch.device("cpu"),
-        dp_replicate=layout.dp_replicate,
-        dp_shard=layout.dp_shard,
-        cp=layout.cp,
-        ep=layout.ep,
-    )
+    mesh = Mesh.build(torch.device("cpu"), layout.degrees)
     model = build_model(spec)
     parallelize(
         model,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tests.models.kinds import KINDS
 from tests.parallel.layouts import Change, Layout, Step, on_ranks, one_process, step_on_mesh
 from tests.ranks import run_ranks
+from titanmoe.config.sizes import Degrees
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import DecoderSpec
@@ -54,7 +55,7 @@ def _compare(spec: DecoderSpec, layout: Layout, change: Change | None = None) ->
         Layout(dp_shard=2),
         Layout(dp_replicate=2),
         Layout(dp_shard=4, recompute="full", reshard="always"),
-        Layout(2, 2, recompute="selective", reshard="never"),
+        Layout(dp_replicate=2, dp_shard=2, recompute="selective", reshard="never"),
         Layout(dp_replicate=4, recompute="full"),
     ],
     ids=str,
@@ -74,7 +75,7 @@ def test_every_kind_of_layer_shards_and_recomputes(kind: str, recompute: str) ->
     [
         Layout(dp_shard=2, ep=2),
         Layout(dp_shard=4, ep=2, recompute="full", reshard="always"),
-        Layout(2, 2, ep=2, recompute="selective"),
+        Layout(dp_replicate=2, dp_shard=2, ep=2, recompute="selective"),
         Layout(dp_shard=2, ep=2, recompute="selective", reshard="never"),
     ],
     ids=str,
@@ -116,7 +117,7 @@ def test_experts_that_get_all_or_learn_nothing(layout: Layout, change: Change) -
 
 
 def _mixed(dtype: torch.dtype, param_dtype: torch.dtype) -> tuple[Step, set]:
-    mesh = Mesh.build(torch.device("cpu"), dp_replicate=1, dp_shard=dist.get_world_size())
+    mesh = Mesh.build(torch.device("cpu"), Degrees(dp_shard=dist.get_world_size()))
     model = build_model(SPEC, dtype=dtype)
     parallelize(model, mesh, param_dtype=param_dtype, reduce_dtype=torch.float32)
     materialize(model, "cpu")

@@ -12,7 +12,7 @@ from titanmoe.config.sections.learning import DataLoader, Training, Validation
 from titanmoe.config.sections.machine import ActivationCheckpoint, Compile
 from titanmoe.config.sections.model import Model
 from titanmoe.config.sections.run import Profiling
-from titanmoe.config.sizes import check_degrees, global_batch_size
+from titanmoe.config.sizes import check_sequences_can_be_cut, global_batch_size
 
 
 def validate(config: JobConfig, world_size: int) -> None:
@@ -24,7 +24,7 @@ def validate(config: JobConfig, world_size: int) -> None:
     assert world_size >= 1, world_size
     validate_keys(config)
     global_batch_size(config, world_size)
-    check_degrees(config, world_size)
+    check_sequences_can_be_cut(config)
     if config.checkpoint.create_seed_checkpoint and world_size != 1:
         raise ConfigError(
             f"a seed checkpoint is made by one rank, not by {world_size}",

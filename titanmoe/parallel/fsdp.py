@@ -30,7 +30,7 @@ def apply_fsdp(
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     reshard = reshard_after_forward != "never"
     for block in model.blocks():
-        if mesh.ep > 1 and block.moe is not None:
+        if mesh.degrees.shards_experts_apart and block.moe is not None:
             # A group of their own, since they are sharded over fewer ranks.
             fully_shard(block.moe.experts, mesh=mesh.fsdp_of_experts, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)

@@ -42,9 +42,9 @@ def parallelize(
     if compile_backend is not None:
         for block in model.layers.values():
             block.compile(backend=compile_backend)
-    if mesh.cp > 1:
+    if mesh.degrees.cp > 1:
         apply_context_parallel(model, mesh.context)
-    if mesh.ep > 1:
+    if mesh.degrees.ep > 1:
         apply_expert_parallel(model, mesh.expert)
     stored_dtype = next(model.parameters()).dtype
     sums_differently = accumulates and reduce_dtype != stored_dtype
