@@ -12,10 +12,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanmoe.models.linear import Linear
 from titanmoe.models.norm import RMSNorm
 from titanmoe.models.spec import GroupedQuery, Temperature
 from titanmoe.ops.attention import causal_attention
 from titanmoe.ops.rope import apply_rope
+from titanmoe.ops.sharding import local_tensor
 
 Attend = Callable[..., Tensor]
 """As `causal_attention`."""
@@ -26,7 +28,7 @@ RopeTable = tuple[Tensor, Tensor]
 class GroupedQueryAttention(nn.Module):
     """Attributes:
     sinks: (N,), or None; see `GroupedQuery.sinks`.
-    attend: what combines the heads; replaced where a sequence is on several ranks.
+    attend: what combines the heads; replaced where a sequence, or the heads, are on several ranks.
     """
 
     def __init__(self, dim: int, spec: GroupedQuery, norm_eps: float) -> None:
@@ -35,10 +37,10 @@ class GroupedQueryAttention(nn.Module):
         self.norm_eps = norm_eps
         self.attend: Attend = causal_attention
         query_dim, key_dim = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.q_proj = nn.Linear(dim, query_dim, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(dim, key_dim, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(dim, key_dim, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(query_dim, dim, bias=spec.out_bias)
+        self.q_proj = Linear(dim, query_dim, bias=spec.qkv_bias)
+        self.k_proj = Linear(dim, key_dim, bias=spec.qkv_bias)
+        self.v_proj = Linear(dim, key_dim, bias=spec.qkv_bias)
+        self.o_proj = Linear(query_dim, dim, bias=spec.out_bias)
         self.q_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.empty(spec.num_heads)) if spec.sinks else None
@@ -58,7 +60,8 @@ class GroupedQueryAttention(nn.Module):
             q_BSNH, k_BSKH = (F.rms_norm(x.float(), x.shape[-1:], eps=self.norm_eps).to(x) for x in (q_BSNH, k_BSKH))
         if spec.temperature is not None:
             q_BSNH = (q_BSNH * _growth(spec.temperature, position_ids_BS)[..., None, None]).to(q_BSNH)
-        o_BSNH = self.attend(q_BSNH, k_BSKH, v_BSKH, cu_seqlens, window=spec.window, sinks_N=self.sinks)
+        sinks_N = None if self.sinks is None else local_tensor(self.sinks)
+        o_BSNH = self.attend(q_BSNH, k_BSKH, v_BSKH, cu_seqlens, window=spec.window, sinks_N=sinks_N)
         return self.o_proj(o_BSNH.flatten(2))
 
 

@@ -22,9 +22,11 @@ from titanmoe.models.rope import rope_frequencies, rope_magnitude
 from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope
 from titanmoe.ops.attention import chunk_documents
 from titanmoe.ops.rope import rope_table
+from titanmoe.ops.sharding import local_tensor
 
-Head = Callable[[Tensor, Tensor], Any]
-"""(hidden_BSD, output weight (V, D)) -> anything; takes the place of the output projection."""
+Head = Callable[..., Any]
+"""(hidden_BSD, output weight (V, D)) -> anything; takes the place of the output projection. Where the vocabulary is on
+several ranks (`Decoder.project` is replaced), it gets this rank's words only and, as `words`, who has the others."""
 
 
 class Block(nn.Module):
@@ -54,15 +56,27 @@ class Block(nn.Module):
         return x_BSD + transform(self.ffn_norm(x_BSD))
 
 
+def project(hidden_BSD: Tensor, weight_VD: Tensor, head: Head | None) -> Any:
+    """Logits (B, S, V), or what `head` makes of the hidden states and the projection's weight."""
+    return F.linear(hidden_BSD, weight_VD) if head is None else head(hidden_BSD, weight_VD)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` with what this process has of the weight."""
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        return F.embedding(tokens_BS, local_tensor(self.weight))
+
+
 class Output(nn.Linear):
-    """The output projection, or whatever `head` makes of the hidden states and the projection's weight.
+    """The output projection.
 
     A loss that is fused with the projection runs in here, because a sharded weight is whole only inside the forward
     of the module that owns it.
     """
 
-    def forward(self, hidden_BSD: Tensor, head: Head | None = None) -> Any:
-        return F.linear(hidden_BSD, self.weight) if head is None else head(hidden_BSD, self.weight)
+    def forward(self, hidden_BSD: Tensor, project: Callable[..., Any] = project, head: Head | None = None) -> Any:
+        return project(hidden_BSD, local_tensor(self.weight), head)
 
 
 class Decoder(nn.Module):
@@ -71,7 +85,8 @@ class Decoder(nn.Module):
     Attributes:
         spec: what it was built from.
         layers: the blocks, keyed "0", "1", ...
-        num_sequence_parts: into how many parts sequences are cut, of which this process sees one.
+        num_sequence_parts: into how many parts sequences are cut, of which this process is given one.
+        project: what makes logits, or calls the head; replaced where the vocabulary is on several ranks.
         output: None when the embedding's weight is used for the output too (`spec.tie_embeddings`).
     """
 
@@ -79,7 +94,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.num_sequence_parts = 1
-        self.tok_embeddings = nn.Embedding(spec.vocab_size, spec.dim)
+        self.project: Callable[..., Any] = project
+        self.tok_embeddings = Embedding(spec.vocab_size, spec.dim)
         self.layers = nn.ModuleDict(
             {str(index): Block(spec.dim, layer, spec.norm_eps) for index, layer in enumerate(spec.layers)}
         )
@@ -121,9 +137,8 @@ class Decoder(nn.Module):
                 block.moe.router.record()
         x_BSD = self.norm(x_BSD)
         if self.output is not None:
-            return self.output(x_BSD, head)
-        weight_VD = self.tok_embeddings.weight
-        return F.linear(x_BSD, weight_VD) if head is None else head(x_BSD, weight_VD)
+            return self.output(x_BSD, self.project, head)
+        return self.project(x_BSD, local_tensor(self.tok_embeddings.weight), head)
 
     def blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.layers.values()))

@@ -9,15 +9,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanmoe.models.linear import Linear
 from titanmoe.models.spec import Dense
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int, spec: Dense) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, spec.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(dim, spec.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(spec.hidden_dim, dim, bias=False)
+        self.gate_proj = Linear(dim, spec.hidden_dim, bias=False)
+        self.up_proj = Linear(dim, spec.hidden_dim, bias=False)
+        self.down_proj = Linear(spec.hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -6,6 +6,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from titanmoe.ops.rms_norm import rms_norm
+from titanmoe.ops.sharding import local_tensor
 
 
 class RMSNorm(nn.RMSNorm):
@@ -16,4 +17,4 @@ class RMSNorm(nn.RMSNorm):
         self._eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self._eps)
+        return rms_norm(x, local_tensor(self.weight), self._eps)

@@ -23,7 +23,10 @@ class Experts(nn.Module):
     down: (E, D, H).
     gate_up_bias: (E, 2, H), or None.
     down_bias: (E, D), or None.
+    num_addends: of how many processes' outputs the sum is taken; each of them adds that part of `down_bias`.
     """
+
+    num_addends = 1
 
     def __init__(self, dim: int, spec: MoE) -> None:
         super().__init__()
@@ -51,4 +54,7 @@ class Experts(nn.Module):
         y_RD = grouped_mm(h_RH, local_tensor(self.down), offsets_E)
         if self.down_bias is None:
             return y_RD
-        return add_expert_bias(y_RD, local_tensor(self.down_bias), offsets_E, weights)
+        down_bias_ED = local_tensor(self.down_bias)
+        if self.num_addends > 1:
+            down_bias_ED = down_bias_ED / self.num_addends
+        return add_expert_bias(y_RD, down_bias_ED, offsets_E, weights)

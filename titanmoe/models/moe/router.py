@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanmoe.models.spec import MoE
+from titanmoe.ops.sharding import local_tensor
 
 
 class SequenceParts(Protocol):
@@ -58,8 +59,8 @@ class Router(nn.Module):
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Returns weights_TK (float32) and experts_TK (int64)."""
         num_experts, router = self.spec.num_experts, self.spec.router
-        bias_E = None if self.gate.bias is None else self.gate.bias.float()
-        logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.gate.weight.float(), bias_E)
+        bias_E = None if self.gate.bias is None else local_tensor(self.gate.bias).float()
+        logits_TE = F.linear(x_BSD.flatten(0, 1).float(), local_tensor(self.gate.weight).float(), bias_E)
         scores_TE = logits_TE.softmax(dim=-1) if router.score == "softmax" else logits_TE.sigmoid()
         experts_TK = self._choose(scores_TE.detach())
         weights_TK = scores_TE.gather(1, experts_TK)
