@@ -63,7 +63,7 @@ def test_help_of_the_command(capsys):
         (["config", "--training.sequence_len=1"], "Did you mean training.seq_len?"),
         (["config", "--job.config_file=gone.toml"], "error: gone.toml: there is no such config file"),
         (["config", "--checkpoint.keep_latest_k=1"], "error: checkpoint.keep_latest_k: 1 was given"),
-        (["config", "--parallelism.tensor_parallel_degree=2"], "not supported yet"),
+        (["config", "--parallelism.expert_parallel_comm_backend=deepep"], "not supported yet"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(capsys, args, message):

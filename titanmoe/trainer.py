@@ -24,8 +24,6 @@ from titanmoe.config.changes import config_fingerprint
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
 from titanmoe.config.sizes import (
-    check_experts_can_be_dealt,
-    check_heads_can_be_dealt,
     degrees_of,
     global_batch_size,
 )
@@ -41,7 +39,7 @@ from titanmoe.metrics.terminal import current_terminal
 from titanmoe.metrics.throughput import StepTimer
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
-from titanmoe.models.spec import num_experts, num_heads
+from titanmoe.parallel.limits import check_model_can_be_split
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 from titanmoe.parallel.ranks import Ranks
@@ -98,8 +96,7 @@ class Trainer:
         self.family, self.spec = choose_model(
             model.name, model.flavor, model.hf_assets_path, selection_bias=config.moe.bias_update_rate > 0
         )
-        check_experts_can_be_dealt(config.parallelism.expert_parallel_degree, num_experts(self.spec))
-        check_heads_can_be_dealt(config.parallelism.context_parallel_degree, num_heads(self.spec))
+        check_model_can_be_split(self.spec, degrees_of(config, world_size_from_env()))
         self.tokenizer = load_tokenizer(model.tokenizer_path or model.hf_assets_path)
         check_vocab(self.tokenizer, self.spec.vocab_size)
         self.dump_folder = Path(config.job.dump_folder)

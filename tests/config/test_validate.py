@@ -7,8 +7,6 @@ import pytest
 from titanmoe.config import ConfigError, load_config, validate, validate_keys
 from titanmoe.config.sizes import (
     accumulation_steps,
-    check_experts_can_be_dealt,
-    check_heads_can_be_dealt,
     degrees_of,
     global_batch_size,
     tokens_per_step,
@@ -56,14 +54,16 @@ def test_degrees_that_do_not_fit(args, world_size, message):
 @pytest.mark.parametrize(
     ("args", "world_size", "message"),
     [
-        (["--parallelism.expert_parallel_degree=3"], 8, "8 is not a multiple of 3"),
-        (["--parallelism.expert_parallel_degree=2"], 1, "1 is not a multiple of 2"),
-        (["--parallelism.expert_parallel_degree=8", f"{REPLICATE}=2"], 8, "4 is not a multiple of 8"),
+        (["--parallelism.expert_parallel_degree=3"], 8, "8 is not a multiple of 3 * 1"),
+        (["--parallelism.expert_parallel_degree=2"], 1, "1 is not a multiple of 2 * 1"),
+        (["--parallelism.expert_parallel_degree=8", f"{REPLICATE}=2"], 8, "4 is not a multiple of 8 * 1"),
     ],
 )
 def test_experts_are_shared_by_ranks_that_share_shards(args, world_size, message):
     with pytest.raises(
-        ConfigError, match="must divide data_parallel_shard_degree \\* context_parallel_degree"
+        ConfigError,
+        match="\\* expert_tensor_parallel_degree must divide data_parallel_shard_degree \\* "
+        "context_parallel_degree \\* tensor_parallel_degree",
     ) as error:
         validate(load_config(None, args), world_size)
     assert message in str(error.value)
@@ -71,29 +71,20 @@ def test_experts_are_shared_by_ranks_that_share_shards(args, world_size, message
 
 def test_sequences_that_cannot_be_cut():
     cut = "--parallelism.context_parallel_degree=2"
-    with pytest.raises(ConfigError, match="must divide seq_len: 33 is not a multiple of 2") as error:
+    with pytest.raises(ConfigError, match="must divide seq_len: 33 is not a multiple of 2 \\* 1") as error:
         validate(load_config(None, [cut, "--training.seq_len=33"]), 2)
     assert error.value.where == "training.seq_len"
     validation = ["--validation.enable", "--validation.dataset=stdlib", "--validation.seq_len=35"]
-    with pytest.raises(ConfigError, match="35 is not a multiple of 2") as error:
+    with pytest.raises(ConfigError, match="35 is not a multiple of 2 \\* 1") as error:
         validate(load_config(None, [cut, *validation]), 2)
     assert error.value.where == "validation.seq_len"
 
 
-def test_heads_that_can_be_dealt_evenly():
-    check_heads_can_be_dealt(4, {8, 12})
-    with pytest.raises(ConfigError, match="must divide the number of attention heads: 6 is not a multiple of 4"):
-        check_heads_can_be_dealt(4, {6, 12})
-
-
-def test_experts_that_can_be_dealt_evenly():
-    check_experts_can_be_dealt(4, {8, 12})
-    check_experts_can_be_dealt(1, set())
-    with pytest.raises(ConfigError, match="12 experts cannot be dealt evenly to 8") as error:
-        check_experts_can_be_dealt(8, {12})
-    assert "1, 2, 3, 4, 6, 12" in str(error.value)
-    with pytest.raises(ConfigError, match="it has no experts"):
-        check_experts_can_be_dealt(2, set())
+@pytest.mark.parametrize("etp", [3, 4])
+def test_an_expert_is_split_like_its_layer_or_not_at_all(etp):
+    args = ["--parallelism.tensor_parallel_degree=2", f"--parallelism.expert_tensor_parallel_degree={etp}"]
+    with pytest.raises(ConfigError, match=f"{etp} is neither tensor_parallel_degree = 2 nor 1"):
+        validate(load_config(None, args), 4)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ _ON_INPUT = MoE(6, 1, 24, Router("sigmoid", normalize=False, weight_on="input"),
 
 
 def _spec(*layers: LayerSpec) -> DecoderSpec:
-    return DecoderSpec(dim=40, vocab_size=97, layers=layers)  # odd, so that shards are uneven
+    return DecoderSpec(dim=40, vocab_size=100, layers=layers)  # shards of it are uneven
 
 
 KINDS = {

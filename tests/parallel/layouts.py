@@ -7,19 +7,22 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
+from titanmoe.config.errors import ConfigError
 from titanmoe.config.sizes import Degrees
 from titanmoe.data.packing import Batch
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
-from titanmoe.models.spec import DecoderSpec, num_experts
+from titanmoe.models.spec import DecoderSpec
+from titanmoe.parallel.limits import check_model_can_be_split
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
+from titanmoe.parallel.tensor import finish_gradients
 from titanmoe.training.gradients import clip_gradients
+from titanmoe.training.loss import loss_sum
 
 GLOBAL_BATCH, SEQ_LEN = 4, 36
 _DOCUMENT = 11  # tokens of the first document of each row; its end is in no part's border, window or chunk
@@ -61,9 +64,10 @@ class Step:
 
 def why_not(spec: DecoderSpec, layout: Layout) -> str:
     """Why a layout is not for a model; "" if it is."""
-    for number in num_experts(spec):
-        if number % layout.ep:
-            return f"{number} experts cannot be dealt to {layout.ep} ranks"
+    try:
+        check_model_can_be_split(spec, layout.degrees)
+    except ConfigError as error:
+        return error.what
     return ""
 
 
@@ -119,10 +123,9 @@ def _batch(first_row: int = 0, num_rows: int = GLOBAL_BATCH) -> Batch:
 
 
 def _step(model: Decoder, batch: Batch) -> Step:
-    logits = model(batch.tokens_BS, position_ids=batch.position_ids_BS, cu_seqlens=batch.cu_seqlens)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels_BS.flatten(), reduction="sum")
-    loss = losses / (GLOBAL_BATCH * SEQ_LEN)
+    loss = loss_sum(model, batch) / (GLOBAL_BATCH * SEQ_LEN)
     loss.backward()
+    finish_gradients(model)
     total = loss.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(total)

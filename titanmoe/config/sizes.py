@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
 from titanmoe.config.errors import ConfigError
@@ -110,44 +108,6 @@ def check_sequences_can_be_cut(config: JobConfig) -> None:
                 where=where,
                 mend=f"The next is {-(-seq_len // num_parts) * num_parts}.",
             )
-
-
-def check_experts_can_be_dealt(degree: int, num_experts: Collection[int]) -> None:
-    """
-    Args:
-        degree: of expert parallelism.
-        num_experts: what the layers of the model have; empty if it has no MoE layer.
-
-    Raises:
-        ConfigError: not every rank would get the same number of experts.
-    """
-    common = math.gcd(*num_experts)
-    if degree > 1 and (not num_experts or common % degree):
-        what = f"{common} experts cannot be dealt evenly to {degree} ranks" if num_experts else "it has no experts"
-        raise ConfigError(
-            f"the model cannot be split over experts: {what}",
-            where="parallelism.expert_parallel_degree",
-            mend=f"Choose one of {_divisors(max(common, 1))}.",
-        )
-
-
-def check_heads_can_be_dealt(degree: int, num_heads: Collection[int]) -> None:
-    """
-    Args:
-        degree: of context parallelism, whose ranks compute attention for a part of the heads each.
-        num_heads: query heads of the model's layers.
-
-    Raises:
-        ConfigError: not every rank would get the same number of heads.
-    """
-    common = math.gcd(*num_heads)
-    if common % degree:
-        raise ConfigError(
-            f"context_parallel_degree must divide the number of attention heads: {common} is not a multiple of "
-            f"{degree}",
-            where="parallelism.context_parallel_degree",
-            mend=f"Choose one of {_divisors(common)}.",
-        )
 
 
 def _divisors(number: int) -> str:

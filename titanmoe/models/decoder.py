@@ -26,7 +26,7 @@ from titanmoe.ops.sharding import local_tensor
 
 Head = Callable[..., Any]
 """(hidden_BSD, output weight (V, D)) -> anything; takes the place of the output projection. Where the vocabulary is on
-several ranks (`Decoder.project` is replaced), it gets this rank's words only and, as `words`, who has the others."""
+several ranks (`Decoder.project` is replaced), it gets this rank's words only and, as `words`, the ranks' group."""
 
 
 class Block(nn.Module):

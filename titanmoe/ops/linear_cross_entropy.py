@@ -12,8 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from titanmoe.ops.collectives import all_gather
 
 # A chunk's logits, in the dtype of the product. The weight is read, and its gradient read and written, once per chunk:
 # measured, two hundred rows hide that on a CPU; calculated from its FLOPs and bandwidth, an H100 wants a thousand.
@@ -30,6 +33,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
+    words: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Sum over tokens of the cross-entropy of `hidden_TD @ weight_VD.T` against `labels_T`.
 
@@ -49,6 +53,9 @@ def linear_cross_entropy(
         labels_T: int64, each in [0, V) or `ignore_index`.
         ignore_index: the label of rows without supervision.
         chunk_rows: rows per chunk; by default so many that their logits take 128 MiB (CPU) or 256 MiB.
+        words: the ranks over which the vocabulary is dealt, in equal parts and in order; `weight_VD` has this rank's.
+            Hidden states and labels are the same on all of them. Each rank then gets an equal share of the loss, the
+            whole gradient of its words, and an addend of the hidden states' gradient. Sends 8 T bytes.
 
     Returns:
         A float32 scalar, differentiable once.
@@ -64,7 +71,7 @@ def linear_cross_entropy(
         if not supervised_T.all():
             rows_R = supervised_T.nonzero().squeeze(1)
             hidden_TD, labels_T = hidden_TD.index_select(0, rows_R), labels_T.index_select(0, rows_R)
-        _check_labels(labels_T, weight_VD.shape[0], ignore_index)
+        _check_labels(labels_T, weight_VD.shape[0] * (1 if words is None else words.size()), ignore_index)
     else:
         # Zeroed rows add exactly zero to the weight's gradient whatever they held, and masked_fill's own backward
         # zeroes their gradient, so that only the loss has to know which they are.
@@ -75,7 +82,9 @@ def linear_cross_entropy(
     # A Function sees requires_grad of its inputs even under no_grad, so the mode is asked here.
     wanted = torch.is_grad_enabled()
     want_hidden, want_weight = wanted and hidden_TD.requires_grad, wanted and weight_VD.requires_grad
-    loss: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, ignored_T, rows, want_hidden, want_weight)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden_TD, weight_VD, labels_T, ignored_T, rows, want_hidden, want_weight, words
+    )
     return loss
 
 
@@ -92,6 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_rows: int,
         want_hidden: bool,
         want_weight: bool,
+        words: dist.ProcessGroup | None,
     ) -> Tensor:
         num_rows, (num_words, _) = hidden_TD.shape[0], weight_VD.shape
         loss_T = torch.empty(num_rows, dtype=torch.float32, device=hidden_TD.device)
@@ -108,7 +118,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + chunk_rows)
             hidden_CD = hidden_TD[chunk]
             logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=buffer_CV[: hidden_CD.shape[0]])
-            loss_T[chunk] = _loss_and_gradient_(logits_CV, labels_T[chunk], want_hidden or want_weight)
+            if words is None:
+                loss_T[chunk] = _loss_and_gradient_(logits_CV, labels_T[chunk], want_hidden or want_weight)
+            else:
+                loss_T[chunk] = _loss_and_gradient_of_part_(logits_CV, labels_T[chunk], words)
             if grad_hidden_TD is not None:
                 torch.mm(logits_CV, weight_VD, out=grad_hidden_TD[chunk])
             if grad_weight_VD is not None:
@@ -119,7 +132,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
         if ignored_T is not None:
             loss_T.masked_fill_(ignored_T, 0)
-        return loss_T.sum()
+        return loss_T.sum() if words is None else loss_T.sum() / words.size()
 
     @staticmethod
     @once_differentiable
@@ -127,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place, since the gradients may be as large as all that is left of the memory. A second backward through
         # the same graph is refused by autograd: the saved tensors have changed.
         scaled = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, want_gradient: bool) -> Tensor:
@@ -148,6 +161,25 @@ def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, want_gradient: bool
             # expm1 keeps the gradient of a confident token, where p - 1 of a rounded p would be zero.
             block_bV.scatter_(1, labels_b1, torch.expm1(-loss_b1).to(block_bV.dtype))
     return torch.cat(losses)
+
+
+def _loss_and_gradient_of_part_(logits_CV: Tensor, labels_C: Tensor, words: dist.ProcessGroup) -> Tensor:
+    """As `_loss_and_gradient_`, where the logits are those of this rank's words. Collective."""
+    num_rows, num_words = logits_CV.shape
+    labels_C = labels_C - words.rank() * num_words
+    is_elsewhere_C1 = ((labels_C < 0) | (labels_C >= num_words)).unsqueeze(1)
+    labels_C1 = labels_C.unsqueeze(1).masked_fill(is_elsewhere_C1, 0)
+    block_rows = max(1, _CPU_SOFTMAX_BYTES // (4 * num_words)) if logits_CV.device.type == "cpu" else num_rows
+    log_sum_C = torch.cat([block.float().logsumexp(1) for block in logits_CV.split(block_rows)])
+    label_C = logits_CV.gather(1, labels_C1).float().masked_fill(is_elsewhere_C1, 0).squeeze(1)
+    found_G2C = all_gather(torch.stack([log_sum_C, label_C])[None], words)
+    log_sum_C1 = found_G2C[:, 0].logsumexp(0).unsqueeze(1)
+    loss_C1 = log_sum_C1 - found_G2C[:, 1].sum(0).unsqueeze(1)
+    for block, log_sum in zip(logits_CV.split(block_rows), log_sum_C1.split(block_rows), strict=True):
+        block.copy_((block.float() - log_sum).exp_())
+    at_label_C1 = torch.where(is_elsewhere_C1, logits_CV.gather(1, labels_C1), torch.expm1(-loss_C1).to(logits_CV))
+    logits_CV.scatter_(1, labels_C1, at_label_C1)
+    return loss_C1.squeeze(1)
 
 
 def _add_weight_gradient(grad_VD: Tensor, grad_logits_CV: Tensor, hidden_CD: Tensor, *, overwrite: bool) -> None:

@@ -28,12 +28,15 @@ def apply_context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
 
     The number of query heads of every layer must be a multiple of the number of ranks.
     """
-    group = mesh.get_group()
     model.num_sequence_parts = mesh.size()
     for block in model.blocks():
-        block.attention.attend = _HeadExchange(group)
-        if block.moe is not None:
-            block.moe.router.sequence_parts = _SequenceParts(group)
+        block.attention.attend = _HeadExchange(mesh.get_group())
+
+
+def share_sequence_statistics(model: Decoder, mesh: DeviceMesh) -> None:
+    """Let routers know that each rank of `mesh`, which has one axis, routes a part of every sequence."""
+    for _, layer in model.moe_layers():
+        layer.router.sequence_parts = _SequenceParts(mesh.get_group())
 
 
 class _HeadExchange:

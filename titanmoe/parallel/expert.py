@@ -1,5 +1,8 @@
 """Expert parallelism: the experts are dealt to the ranks of a group, and tokens travel to them and back.
 
+Each expert may be split over some ranks too (expert tensor parallelism): they gather their tokens before these travel,
+each computes a part of the hidden units for all of them, and what comes back is summed.
+
 Shape suffixes: T tokens, D model dim, E experts of all ranks, L experts of this rank, K experts per token, S = T * K
 rows sent, A rows arrived, R rows as the experts see them, G ranks in the group.
 
@@ -14,29 +17,43 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Replicate, Shard
 
 from titanmoe.models.decoder import Decoder
-from titanmoe.models.moe.dispatcher import Routed
+from titanmoe.models.moe.dispatcher import Dispatcher, Routed
+from titanmoe.ops.collectives import all_gather, reduce_scatter
 from titanmoe.ops.permute import Permutation, combine, permute, permute_weights, sort_by_expert
+from titanmoe.parallel.mesh import EXPERT, EXPERT_TENSOR
+from titanmoe.parallel.tensor import split_parameter
+
+_HIDDEN = {"gate_up": 2, "gate_up_bias": 2, "down": 2}  # the dim of the hidden units
 
 
 def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Split the experts of every MoE layer over `mesh`, which has one axis; the model is on the meta device.
+    """Split the experts of every MoE layer over `mesh`; the model is on the meta device.
 
-    Parameters of the experts become DTensors, sharded by expert; dispatchers are replaced. The number of experts must
-    be a multiple of the number of ranks.
+    Parameters of the experts become DTensors, sharded by expert and by hidden unit; dispatchers are replaced. The
+    number of experts, and that of their hidden units, must be multiples of the numbers of ranks.
+
+    Args:
+        mesh: of the axis ep, etp, or both.
     """
+    axes = mesh.mesh_dim_names
+    assert axes is not None
     for _, layer in model.moe_layers():
         for name, parameter in list(layer.experts.named_parameters(recurse=False)):
-            num_experts = parameter.shape[0] // mesh.size()
-            assert num_experts * mesh.size() == parameter.shape[0], "validated"
-            sharded = DTensor.from_local(parameter[:num_experts].detach(), mesh, [Shard(0)], run_check=False)
-            setattr(layer.experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        layer.dispatcher = AllToAllDispatcher(layer.spec.num_experts, mesh.get_group())
+            split = Shard(_HIDDEN[name]) if name in _HIDDEN else Replicate()
+            placements = [Shard(0) if axis == EXPERT else split for axis in axes]
+            setattr(layer.experts, name, split_parameter(parameter, mesh, placements))
+        if EXPERT in axes:
+            layer.dispatcher = AllToAllDispatcher(layer.spec.num_experts, mesh.get_group(EXPERT))
+        if EXPERT_TENSOR in axes:
+            group = mesh.get_group(EXPERT_TENSOR)
+            layer.dispatcher = _SharingDispatcher(layer.dispatcher, group)
+            layer.experts.num_addends = group.size()
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,25 @@ class AllToAllDispatcher:
         journey: _Journey = routed.journey
         y_AD = combine(y_RD, journey.arrived)
         return combine(_exchange(y_AD, journey.num_sent_G, journey.num_arrived_G, self.group), journey.sent)
+
+
+class _SharingDispatcher:
+    """`inner` for the tokens of all ranks of a group, each of which has a part of every expert. Collective."""
+
+    def __init__(self, inner: Dispatcher, group: dist.ProcessGroup) -> None:
+        self.inner = inner
+        self.group = group
+
+    def send(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Any:
+        x_TD, weights_TK = all_gather(x_TD, self.group), all_gather(weights_TK, self.group)
+        return self.inner.send(x_TD, weights_TK, all_gather(experts_TK, self.group))
+
+    def receive(self, sent: Any, align: int) -> Routed:
+        return self.inner.receive(sent, align)
+
+    def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
+        """y_TD: the sum of every own token's rows, over all parts of the experts."""
+        return reduce_scatter(self.inner.combine(y_RD, routed), self.group)
 
 
 def _exchange(rows: Tensor, num_arriving_G: list[int], num_sent_G: list[int], group: Any) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, cast
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from titanmoe.models.decoder import Decoder
+from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.mesh import Mesh
 
 Reshard = Literal["default", "always", "never"]
@@ -31,18 +35,33 @@ def apply_fsdp(
     reshard = reshard_after_forward != "never"
     for block in model.blocks():
         if mesh.degrees.shards_experts_apart and block.moe is not None:
-            # A group of their own, since they are sharded over fewer ranks.
-            fully_shard(block.moe.experts, mesh=mesh.fsdp_of_experts, mp_policy=policy, reshard_after_forward=reshard)
+            # A group of their own, since they are sharded over other ranks.
+            fully_shard(
+                block.moe.experts,
+                mesh=mesh.fsdp_of_experts,
+                mp_policy=policy,
+                reshard_after_forward=reshard,
+                shard_placement_fn=functools.partial(_shard_of_expert, mesh.fsdp_of_experts.size(-1)),
+            )
         fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
-    if model.output is not None:  # a tied embedding is used at both ends, so it stays in the root's group
-        fully_shard(model.tok_embeddings, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
-        last = [model.norm, model.output]
-        fully_shard(last, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
+    if not model.spec.tie_embeddings:  # a tied embedding is used at both ends, so it stays in the root's group
+        if model.tok_embeddings is not None:
+            fully_shard(model.tok_embeddings, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
+        if model.output is not None:
+            last = [model.norm, model.output]
+            fully_shard(last, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
     fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def _shard_of_expert(num_ranks: int, parameter: nn.Parameter) -> Shard:
+    """By expert; or along the model dim, where some ranks would get no expert."""
+    model_dim = {4: 3, 3: 1}.get(parameter.dim())  # gate_up (E, 2, H, D), down (E, D, H)
+    is_alike = model_dim is not None and local_tensor(parameter).shape[model_dim] % num_ranks == 0
+    return Shard(model_dim if is_alike and local_tensor(parameter).shape[0] % num_ranks else 0)
 
 
 def set_gradient_sync(model: Decoder, enabled: bool) -> None:

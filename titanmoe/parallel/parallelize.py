@@ -1,5 +1,5 @@
 """From a meta model to one that runs on a mesh, in the order that composes: recomputation, compilation, sequences,
-experts, shards."""
+experts, heads and hidden units, shards."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import torch
 
 from titanmoe.models.decoder import Decoder
 from titanmoe.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
-from titanmoe.parallel.context import apply_context_parallel
+from titanmoe.parallel.context import apply_context_parallel, share_sequence_statistics
 from titanmoe.parallel.expert import apply_expert_parallel
 from titanmoe.parallel.fsdp import Reshard, apply_fsdp
 from titanmoe.parallel.mesh import Mesh
+from titanmoe.parallel.tensor import apply_tensor_parallel
 
 
 def parallelize(
@@ -44,8 +45,12 @@ def parallelize(
             block.compile(backend=compile_backend)
     if mesh.degrees.cp > 1:
         apply_context_parallel(model, mesh.context)
-    if mesh.degrees.ep > 1:
+    if mesh.degrees.cp * mesh.degrees.tp > 1:
+        share_sequence_statistics(model, mesh.parts)
+    if mesh.degrees.ep * mesh.degrees.etp > 1:
         apply_expert_parallel(model, mesh.expert)
+    if mesh.degrees.tp > 1:
+        apply_tensor_parallel(model, mesh.tensor)
     stored_dtype = next(model.parameters()).dtype
     sums_differently = accumulates and reduce_dtype != stored_dtype
     if mesh.num_ranks > 1 or stored_dtype != param_dtype or sums_differently:

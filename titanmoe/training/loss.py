@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from titanmoe.data.packing import IGNORED, Batch
 from titanmoe.ops.linear_cross_entropy import linear_cross_entropy
@@ -23,12 +24,12 @@ def loss_sum(model: nn.Module, batch: Batch) -> Tensor:
         batch: on the model's device. Its labels are already shifted: `labels_BS[b, s]` is the token to predict at s.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar; an equal share of it where the vocabulary is on several ranks, which get the same batch.
     """
 
-    def head(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-        labels_T = batch.labels_BS.flatten()
-        return linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, labels_T, ignore_index=IGNORED)
+    def head(hidden_BSD: Tensor, weight_VD: Tensor, words: ProcessGroup | None = None) -> Tensor:
+        hidden_TD, labels_T = hidden_BSD.flatten(0, 1), batch.labels_BS.flatten()
+        return linear_cross_entropy(hidden_TD, weight_VD, labels_T, ignore_index=IGNORED, words=words)
 
     loss: Tensor = model(batch.tokens_BS, position_ids=batch.position_ids_BS, cu_seqlens=batch.cu_seqlens, head=head)
     return loss

@@ -7,7 +7,7 @@ from typing import Literal
 
 from titanmoe.config.keys import key
 
-_NO_TENSOR = "parallelism.tensor_parallel_degree is 1"
+_FUSED = "the loss is computed with the output projection, so whole logits never exist"
 _NO_PIPELINE = "parallelism.pipeline_parallel_degree is 1"
 _BALANCED = "ranks exchange tokens for heads, which gives all the same work"
 _NO_BUDGET = 'activation_checkpoint.mode is not "memory_budget"'
@@ -29,13 +29,14 @@ class Parallelism:
     """Whether gathered parameters are freed after the forward pass and gathered again for the backward pass. `default`
     is `always`, except with pipeline parallelism."""
 
-    tensor_parallel_degree: int = key(1, at_least=1, later="tensor parallelism")
-    """Ranks over which each layer is split."""
+    tensor_parallel_degree: int = key(1, at_least=1)
+    """Ranks over which each layer is split: attention by heads, feed-forwards by hidden units, embedding and output by
+    words. Between them each rank has a part of the tokens, so it must divide the sequence length too."""
 
-    disable_loss_parallel: bool = key(False, inert=_NO_TENSOR)
+    disable_loss_parallel: bool = key(False, inert=_FUSED)
     """Compute the loss on whole logits although tensor parallelism splits the vocabulary."""
 
-    enable_async_tensor_parallel: bool = key(False, later="tensor parallelism")
+    enable_async_tensor_parallel: bool = key(False, later="overlapping tensor parallelism with its products")
     """Overlap the communication of tensor parallelism with its products."""
 
     pipeline_parallel_degree: int = key(1, at_least=1, later="pipeline parallelism")
@@ -75,11 +76,12 @@ class Parallelism:
     """How keys and values travel between ranks."""
 
     expert_parallel_degree: int = key(1, at_least=1)
-    """Ranks over which the experts of each layer are dealt; tokens travel to their experts. These ranks are among those
-    of `data_parallel_shard_degree` x `context_parallel_degree`, which it must divide, and not in addition to them."""
+    """Ranks over which the experts of each layer are dealt; tokens travel to their experts. Times
+    `expert_tensor_parallel_degree` it must divide `data_parallel_shard_degree` x `context_parallel_degree` x
+    `tensor_parallel_degree`: these ranks are among those, and not in addition to them."""
 
-    expert_tensor_parallel_degree: int = key(1, at_least=1, later="expert tensor parallelism")
-    """Ranks over which each expert is split."""
+    expert_tensor_parallel_degree: int = key(1, at_least=1)
+    """Ranks over which each expert is split: 1, or all of `tensor_parallel_degree`."""
 
     expert_parallel_comm_backend: Literal["standard", "deepep"] = key("standard", later="DeepEP")
     """What carries tokens to their experts."""

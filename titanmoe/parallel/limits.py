@@ -1,0 +1,53 @@
+"""What a model must be like to be spread over a mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from titanmoe.config.errors import ConfigError
+from titanmoe.config.sizes import Degrees
+from titanmoe.models.spec import DecoderSpec, Dense, MoE, num_experts, num_heads
+
+
+def check_model_can_be_split(spec: DecoderSpec, degrees: Degrees) -> None:
+    """
+    Raises:
+        ConfigError: not every rank would get as much as the others of what one of the degrees deals.
+    """
+    experts = num_experts(spec)
+    if degrees.ep > 1 and not experts:
+        raise ConfigError("the model has no experts", where=_EXPERT, mend="Set it to 1.")
+    _check(_EXPERT, "experts", experts, degrees.ep)
+    what = "attention heads"
+    if degrees.cp > 1 and degrees.tp > 1:
+        _check(f"{_CONTEXT} * {_TENSOR}", what, num_heads(spec), degrees.cp * degrees.tp)
+    _check(_CONTEXT, what, num_heads(spec), degrees.cp)
+    _check(_TENSOR, what, num_heads(spec), degrees.tp)
+    _check(_TENSOR, "hidden units of feed-forwards", _hidden_dims(spec), degrees.tp)
+    _check(_TENSOR, "words", [spec.vocab_size], degrees.tp)
+    hidden_dims = {layer.feed_forward.hidden_dim for layer in spec.layers if isinstance(layer.feed_forward, MoE)}
+    _check(_EXPERT_TENSOR, "hidden units of experts", hidden_dims, degrees.etp)
+
+
+_EXPERT, _EXPERT_TENSOR = "parallelism.expert_parallel_degree", "parallelism.expert_tensor_parallel_degree"
+_MOST = 256  # ranks that are suggested
+_CONTEXT, _TENSOR = "parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"
+
+
+def _hidden_dims(spec: DecoderSpec) -> set[int]:
+    """Of feed-forwards that every token goes through."""
+    layers = [layer.feed_forward for layer in spec.layers]
+    dense = [layer if isinstance(layer, Dense) else layer.shared for layer in layers]
+    return {layer.hidden_dim for layer in dense if layer is not None}
+
+
+def _check(key: str, what: str, numbers: Collection[int], degree: int) -> None:
+    common = math.gcd(*numbers)
+    if common % degree:
+        raise ConfigError(
+            f"the model's {common} {what} cannot be dealt evenly to {degree} ranks: {common} is not a multiple of "
+            f"{degree}",
+            where=key,
+            mend=f"Choose one of {', '.join(str(size) for size in range(1, _MOST + 1) if common % size == 0)}.",
+        )
