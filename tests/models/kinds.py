@@ -35,6 +35,7 @@ def _spec(*layers: LayerSpec) -> DecoderSpec:
 
 
 KINDS = {
+    "dense": _spec(LayerSpec(_PLAIN, Dense(56)), LayerSpec(_PLAIN, Dense(32))),
     "grouped-query": _spec(
         LayerSpec(_PLAIN, Dense(56)), LayerSpec(_PLAIN, MoE(6, 2, 24, Router(normalize=True), shared=Dense(16)))
     ),

@@ -1,18 +1,23 @@
-"""Every layout of 2 and 4 ranks beside one process, as a table: python -m tests.parallel [--ranks 2 4] [KIND ...]."""
+"""Every layout of some ranks beside one process, as a table: python -m tests.parallel [--ranks 2 4] [KIND ...].
+
+A row is a layout and a kind of layers; it is run with experts that learn, that are frozen, and with one that every
+token goes to. Errors are the largest over ranks, three steps and these situations.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import cycle
+from itertools import cycle, product
 
 from tests.models.kinds import KINDS
-from tests.parallel.layouts import Layout, on_ranks, one_process, why_not
+from tests.parallel.layouts import SITUATIONS, Layout, compare, one_process, why_not
+from titanmoe.models.spec import num_experts
 
 _TOLERANCE = 1e-5
 _HEADER = ("kind of layers", "layout", "recompute", "loss", "gradient", "norm", "", "worst gradient of")
-_WIDTHS = (24, 34, 11, 9, 9, 9, 3, 0)
+_WIDTHS = (24, 42, 11, 9, 9, 9, 5, 0)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -20,35 +25,39 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; all by default")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     options = parser.parse_args(args)
-    num_bad = 0
+    num_bad = num_run = 0
     _print(_HEADER)
     for kind in options.kinds or KINDS:
-        reference = one_process(KINDS[kind])
+        spec = KINDS[kind]
+        situations = SITUATIONS if num_experts(spec) else {"all learn": None}
+        references = {name: one_process(spec, change) for name, change in situations.items()}
         # Recomputation must not matter; it takes turns, so that each meets many layouts.
         for layout, recompute in zip(layouts(options.ranks), cycle(("none", "full", "selective")), strict=False):
-            if reason := why_not(KINDS[kind], layout):
+            if reason := why_not(spec, layout):
                 _print((kind, str(layout), "", f"not run: {reason}"))
                 continue
-            steps = on_ranks(KINDS[kind], Layout(**{**vars(layout), "recompute": recompute}))
-            errors = [step.gradient_errors(reference) for step in steps]
-            worst, name = max((error, name) for each in errors for name, error in each.items())
-            loss = max(abs(step.loss - reference.loss) / reference.loss for step in steps)
-            norm = max(abs(step.norm - reference.norm) / reference.norm for step in steps)
-            is_good = max(worst, loss, norm) < _TOLERANCE
-            num_bad += not is_good
-            verdict = "ok" if is_good else "BAD"
-            _print((kind, str(layout), recompute, f"{loss:.1e}", f"{worst:.1e}", f"{norm:.1e}", verdict, name))
+            layout = Layout(**{**vars(layout), "recompute": recompute})
+            errors = [compare(spec, layout, change, references[name]) for name, change in situations.items()]
+            worst = max(errors, key=lambda each: each.gradient)
+            loss, norm = max(each.loss for each in errors), max(each.norm for each in errors)
+            is_good = max(loss, norm, worst.gradient) < _TOLERANCE
+            num_run, num_bad = num_run + 1, num_bad + (not is_good)
+            numbers = (f"{error:.1e}" for error in (loss, worst.gradient, norm))
+            _print((kind, str(layout), recompute, *numbers, "ok" if is_good else "BAD", worst.worst))
+    print(f"{num_run} rows run, {num_bad} bad")
     return 1 if num_bad else 0
 
 
 def layouts(numbers_of_ranks: Sequence[int]) -> Iterator[Layout]:
     """Every way to arrange these numbers of ranks."""
     for num_ranks in numbers_of_ranks:
-        for dp_replicate in _divisors(num_ranks):
-            for dp_shard in _divisors(num_ranks // dp_replicate):
-                cp = num_ranks // dp_replicate // dp_shard
-                for ep in _divisors(dp_shard * cp):
-                    yield Layout(dp_replicate=dp_replicate, dp_shard=dp_shard, cp=cp, ep=ep)
+        sizes = _divisors(num_ranks)
+        for pp, dp_replicate, dp_shard, cp, tp in product(sizes, repeat=5):
+            if pp * dp_replicate * dp_shard * cp * tp != num_ranks:
+                continue
+            for etp in {1, tp}:
+                for ep in _divisors(dp_shard * cp * tp // etp):
+                    yield Layout(pp=pp, dp_replicate=dp_replicate, dp_shard=dp_shard, cp=cp, tp=tp, ep=ep, etp=etp)
 
 
 def _divisors(number: int) -> list[int]:
@@ -56,7 +65,8 @@ def _divisors(number: int) -> list[int]:
 
 
 def _print(cells: Sequence[str]) -> None:
-    print("".join(cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False)).rstrip(), flush=True)
+    padded = (cell.ljust(width - 1) + " " for cell, width in zip(cells, _WIDTHS, strict=False))
+    print("".join(padded).rstrip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""One training step of a small model on any layout of ranks, to compare with one process."""
+"""Training steps of a small model on any layout of ranks, to compare with one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from tests.ranks import run_ranks
+from tests.ranks import full_tensor, run_ranks
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.sizes import Degrees
 from titanmoe.data.packing import Batch
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import DecoderSpec
+from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.limits import check_model_can_be_split
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
@@ -24,9 +25,35 @@ from titanmoe.parallel.tensor import finish_gradients
 from titanmoe.training.gradients import clip_gradients
 from titanmoe.training.loss import loss_sum
 
-GLOBAL_BATCH, SEQ_LEN = 4, 36
+GLOBAL_BATCH, SEQ_LEN, NUM_STEPS = 4, 36, 3
+_LEARNING_RATE = 1.0  # so that each step meets another model: the norm of an update is about 1
 _DOCUMENT = 11  # tokens of the first document of each row; its end is in no part's border, window or chunk
 Change = Callable[[Decoder], None]
+
+
+def freeze_experts(model: Decoder) -> None:
+    for _, layer in model.moe_layers():
+        layer.experts.requires_grad_(False)
+
+
+def all_to_one(model: Decoder) -> None:
+    """Every token chooses the last expert first, and its neighbours."""
+    for _, layer in model.moe_layers():
+        bias_E = torch.zeros(layer.spec.num_experts)
+        bias_E[-3:] = torch.tensor([50.0, 50.0, 100.0])
+        layer.router.expert_bias = bias_E
+
+
+def balance_sequences(model: Decoder) -> None:
+    for _, layer in model.moe_layers():
+        layer.router.aux_loss_weight = 0.1
+
+
+SITUATIONS: dict[str, Change | None] = {
+    "all learn": balance_sequences,
+    "frozen experts": freeze_experts,
+    "one expert": all_to_one,
+}
 
 
 @dataclass(frozen=True)
@@ -47,19 +74,40 @@ class Layout(Degrees):
 
 @dataclass(frozen=True)
 class Step:
-    """The loss of the global batch, every whole gradient, and their norm."""
+    """The loss of a global batch, every whole gradient, and their norm."""
 
     loss: float
     grads: dict[str, Tensor]
     norm: float
 
-    def gradient_errors(self, reference: Step) -> dict[str, float]:
-        """Largest difference of each gradient, relative to its largest element."""
-        assert self.grads.keys() == reference.grads.keys()
-        return {
-            name: float((self.grads[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-30))
+
+@dataclass(frozen=True)
+class Errors:
+    """The largest over some steps, relative to one process; a gradient's to its largest element."""
+
+    loss: float
+    norm: float
+    gradient: float
+    worst: str
+
+    @classmethod
+    def of(cls, steps: Sequence[Step], references: Sequence[Step]) -> Errors:
+        pairs = list(zip(steps, references, strict=True))
+        assert all(step.grads.keys() == reference.grads.keys() for step, reference in pairs)
+        gradients = [
+            (float((step.grads[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-30)), name)
+            for step, reference in pairs
             for name, grad in reference.grads.items()
-        }
+        ]
+        return cls(
+            max(abs(step.loss - reference.loss) / reference.loss for step, reference in pairs),
+            max(abs(step.norm - reference.norm) / reference.norm for step, reference in pairs),
+            *max(gradients),
+        )
+
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.norm, self.gradient)
 
 
 def why_not(spec: DecoderSpec, layout: Layout) -> str:
@@ -71,26 +119,40 @@ def why_not(spec: DecoderSpec, layout: Layout) -> str:
     return ""
 
 
-def one_process(spec: DecoderSpec, change: Change | None = None) -> Step:
+def one_process(spec: DecoderSpec, change: Change | None = None, num_steps: int = NUM_STEPS) -> list[Step]:
     model = build_model(spec, device="cpu")
     init_weights(model, seed=3)
     if change is not None:
         change(model)
-    return _step(model, _batch())
+    return [_step(model, _batch(step)) for step in range(num_steps)]
 
 
-def on_ranks(spec: DecoderSpec, layout: Layout, change: Change | None = None) -> list[Step]:
+def on_ranks(
+    spec: DecoderSpec, layout: Layout, change: Change | None = None, num_steps: int = NUM_STEPS
+) -> list[list[Step]]:
     """What each rank found."""
-    return run_ranks(_on_rank, layout.num_ranks, spec, layout, change)
+    return run_ranks(_on_rank, layout.num_ranks, spec, layout, change, num_steps)
 
 
-def step_on_mesh(model: Decoder, mesh: Mesh) -> Step:
-    """This rank's part of the step, with whole gradients all the same."""
+def compare(
+    spec: DecoderSpec, layout: Layout, change: Change | None = None, reference: Sequence[Step] | None = None
+) -> Errors:
+    """The errors of the rank that has the largest."""
+    reference = reference or one_process(spec, change)
+    errors = [Errors.of(steps, reference) for steps in on_ranks(spec, layout, change, len(reference))]
+    return max(errors, key=lambda each: each.largest)
+
+
+def steps_on_mesh(model: Decoder, mesh: Mesh, num_steps: int = 1) -> list[Step]:
+    """This rank's part of some steps, with whole gradients all the same."""
     rows = GLOBAL_BATCH // mesh.degrees.num_data_ranks
-    return _step(model, _batch(mesh.data_rank * rows, rows).part(mesh.context_rank, mesh.degrees.cp))
+    batches = [_batch(step, mesh.data_rank * rows, rows) for step in range(num_steps)]
+    return [_step(model, batch.part(mesh.context_rank, mesh.degrees.cp)) for batch in batches]
 
 
-def _on_rank(spec: DecoderSpec, layout: Layout, change: Change | None) -> Step:
+def _on_rank(spec: DecoderSpec, layout: Layout, change: Change | None, num_steps: int) -> list[Step]:
+    # full_tensor() of a tensor that is sharded twice along a dim says how it goes about it.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     mesh = Mesh.build(torch.device("cpu"), layout.degrees)
     model = build_model(spec)
     parallelize(
@@ -105,12 +167,12 @@ def _on_rank(spec: DecoderSpec, layout: Layout, change: Change | None) -> Step:
     init_weights(model, seed=3)
     if change is not None:
         change(model)
-    return step_on_mesh(model, mesh)
+    return steps_on_mesh(model, mesh, num_steps)
 
 
-def _batch(first_row: int = 0, num_rows: int = GLOBAL_BATCH) -> Batch:
-    """Rows of the global batch, each of two documents."""
-    tokens = torch.randint(97, (GLOBAL_BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(1))
+def _batch(step: int, first_row: int = 0, num_rows: int = GLOBAL_BATCH) -> Batch:
+    """Rows of the global batch of a step, each of two documents."""
+    tokens = torch.randint(100, (GLOBAL_BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(step))
     rows = slice(first_row, first_row + num_rows)
     borders = [row * SEQ_LEN + begin for row in range(num_rows) for begin in (0, _DOCUMENT)]
     positions = torch.cat([torch.arange(_DOCUMENT), torch.arange(SEQ_LEN - _DOCUMENT)])
@@ -123,6 +185,7 @@ def _batch(first_row: int = 0, num_rows: int = GLOBAL_BATCH) -> Batch:
 
 
 def _step(model: Decoder, batch: Batch) -> Step:
+    """One step of plain gradient descent: the next one meets what the update made of sharded parameters."""
     loss = loss_sum(model, batch) / (GLOBAL_BATCH * SEQ_LEN)
     loss.backward()
     finish_gradients(model)
@@ -130,11 +193,9 @@ def _step(model: Decoder, batch: Batch) -> Step:
     if dist.is_initialized():
         dist.all_reduce(total)
     norm = clip_gradients(model.parameters(), max_norm=0)
-    grads = {}
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad
-        if grad is None:
-            assert not parameter.requires_grad, name
-        else:
-            grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.grad is not None}
+    grads = {name: full_tensor(parameter.grad).clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        local_tensor(parameter.detach()).sub_(local_tensor(parameter.grad), alpha=_LEARNING_RATE)
+        parameter.grad = None
     return Step(total.item(), grads, norm.item())
