@@ -7,6 +7,7 @@ from typing import Literal, cast
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -32,36 +33,35 @@ def apply_fsdp(
     averaged, in `reduce_dtype`: the loss is already divided by the tokens of the global batch.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    reshard = reshard_after_forward != "never"
+
+    def shard(modules: nn.Module | list[nn.Module], over: DeviceMesh, *, frees: bool) -> None:
+        evenly = functools.partial(_shard_evenly, over.size(-1))
+        fully_shard(modules, mesh=over, mp_policy=policy, reshard_after_forward=frees, shard_placement_fn=evenly)
+
+    frees = reshard_after_forward != "never"
     for block in model.blocks():
         if mesh.degrees.shards_experts_apart and block.moe is not None:
             # A group of their own, since they are sharded over other ranks.
-            fully_shard(
-                block.moe.experts,
-                mesh=mesh.fsdp_of_experts,
-                mp_policy=policy,
-                reshard_after_forward=reshard,
-                shard_placement_fn=functools.partial(_shard_of_expert, mesh.fsdp_of_experts.size(-1)),
-            )
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
+            shard(block.moe.experts, mesh.fsdp_of_experts, frees=frees)
+        shard(block, mesh.fsdp, frees=frees)
     if not model.spec.tie_embeddings:  # a tied embedding is used at both ends, so it stays in the root's group
         if model.tok_embeddings is not None:
-            fully_shard(model.tok_embeddings, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard)
+            shard(model.tok_embeddings, mesh.fsdp, frees=frees)
         if model.output is not None:
-            last = [model.norm, model.output]
-            fully_shard(last, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=False)
+            shard([model.norm, model.output], mesh.fsdp, frees=reshard_after_forward == "always")
+    shard(model, mesh.fsdp, frees=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def _shard_of_expert(num_ranks: int, parameter: nn.Parameter) -> Shard:
-    """By expert; or along the model dim, where some ranks would get no expert."""
-    model_dim = {4: 3, 3: 1}.get(parameter.dim())  # gate_up (E, 2, H, D), down (E, D, H)
-    is_alike = model_dim is not None and local_tensor(parameter).shape[model_dim] % num_ranks == 0
-    return Shard(model_dim if is_alike and local_tensor(parameter).shape[0] % num_ranks else 0)
+def _shard_evenly(num_ranks: int, parameter: nn.Parameter) -> Shard:
+    """Along the first dim; but experts that cannot be dealt evenly along the model dim."""
+    shape = local_tensor(parameter).shape
+    model_dim = {4: 3, 3: 1}.get(len(shape), 0)  # gate_up (E, 2, H, D), down (E, D, H)
+    is_even = shape[0] % num_ranks == 0 or shape[model_dim] % num_ranks
+    return Shard(0 if is_even else model_dim)
 
 
 def set_gradient_sync(model: Decoder, enabled: bool) -> None:
