@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,8 @@ class Checkpointer:
         if "model" in parts:
             wanted.update(named_model_tensors(run.model))
         if "optimizer" in parts:
-            fresh = materialize_optimizers(run.model, run.optimizers, stored_tensors(metadata))
+            materialize = partial(materialize_optimizers, run.model, run.optimizers, stored_tensors(metadata))
+            fresh = list(dict.fromkeys(chain(*self._ranks.on_all(materialize))))  # ranks may have the same ones
             if fresh:
                 text = "%d parameters have no optimizer state in %s and begin anew: %s ..."
                 self._ranks.log(logging.INFO, text, len(fresh), path, fresh[0])

@@ -82,7 +82,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a checkpoint: its whole shape and how its numbers are stored."""
+    """A tensor as a checkpoint has it: its whole shape and how its numbers are stored."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from titanmoe.checkpoint.fill import Region, fill
 from titanmoe.checkpoint.hf_folder import describe_keys, list_tensors, require_folder
-from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing
+from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all
 from titanmoe.checkpoint.progress import log_progress
 from titanmoe.checkpoint.quantization import read_quantization
 from titanmoe.checkpoint.row_source import Files, PlainSource, RowSource
@@ -70,6 +70,7 @@ def load_hf_weights(
 
     Each rank reads only what it holds, converting dtypes and the order of dims on the way. Beyond the model, some
     tens of MB are in memory. If the model is sharded, every rank must call this; all of them succeed or all raise.
+    Its tensors need not be on every rank: the files must hold what all ranks have together.
 
     Args:
         model: parameters may be plain tensors or DTensors. A buffer that no rule maps keeps its value (one line is
@@ -87,22 +88,23 @@ def load_hf_weights(
     tensors = model_tensors(model)
     assert not any(tensor.is_meta for tensor in tensors.values()), "materialise the model before loading it"
     ranks = ranks_sharing(tensors.values())
-    plans: list[_Plan] = []
-    # Kept out of what `on_all` returns, which every rank would receive from every other.
-    ranks.on_all(lambda: plans.append(_plan(tensors, require_folder(folder), family, model.spec)))
+    of_all = tensors_of_all(tensors, ranks)
+    plan = ranks.on_each(lambda: _plan(tensors, of_all, require_folder(folder), family, model.spec))
     report = on_progress or partial(log_progress(), "read")
     # Ranks of one machine may read the same rows, the second time from the cache; one rank reads them once.
     files = Files(fill_cache=ranks.size > 1)
-    return ranks.on_all(lambda: _read(plans[0], tensors, folder, files, report))[ranks.rank]
+    return ranks.on_each(lambda: _read(plan, tensors, folder, files, report))
 
 
-def _plan(tensors: Mapping[str, Tensor], folder: Path, family: Family, spec: DecoderSpec) -> _Plan:
-    """Account for every tensor of the files and of the model."""
+def _plan(
+    tensors: Mapping[str, Tensor], of_all: Mapping[str, Tensor], folder: Path, family: Family, spec: DecoderSpec
+) -> _Plan:
+    """Account for every tensor of the files and of the model, which is all that the ranks have together."""
     infos = _without_what_is_not_needed(list_tensors(folder), family, len(spec.layers))
     sources = sources_of(infos, read_quantization(folder))
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in of_all.items()}
     by_file_key, without_rule = map_keys(family.layouts, shapes, sources)
-    if parameters := [name for name in without_rule if isinstance(tensors[name], nn.Parameter)]:
+    if parameters := [name for name in without_rule if isinstance(of_all[name], nn.Parameter)]:
         raise ConfigError(f"no file tensor of this family can fill these parameters: {describe_keys(parameters)}")
     if without_rule:
         logger.info("Not in checkpoints of this family, left as initialised: %s", describe_keys(without_rule))
@@ -118,7 +120,7 @@ def _plan(tensors: Mapping[str, Tensor], folder: Path, family: Family, spec: Dec
             where=str(folder),
             mend="Model and files must be of the same family and sizes: compare config.json with the model's config.",
         )
-    tied_copies = [(key, sources[key], piece) for key, (_, piece) in copies.items()]
+    tied_copies = [(key, sources[key], piece) for key, (name, piece) in copies.items() if name in tensors]
     return _Plan(_regions(tensors, by_file_key, sources), tied_copies)
 
 
@@ -212,6 +214,8 @@ def _regions(
         prefer_huge_pages(shard)
     regions = []
     for key, (name, piece) in by_file_key.items():
+        if name not in shards:
+            continue
         into, offsets = shards[name]
         at = [index - begin for index, begin in zip(piece.at, offsets, strict=False)]
         if all(0 <= index < size for index, size in zip(at, into.shape, strict=False)):

@@ -27,10 +27,11 @@ from titanmoe.checkpoint.hf_entries import Entry, config_entries, entries_of, ma
 from titanmoe.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, describe_keys, require_folder
 from titanmoe.checkpoint.hf_target import check_target, copy_generation_config, copy_tokenizer, take_place, write_json
 from titanmoe.checkpoint.hf_verify import find_difference
-from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing
+from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all
 from titanmoe.checkpoint.progress import Progress, log_progress
 from titanmoe.checkpoint.safetensors_io import TensorWriter
 from titanmoe.config.errors import ConfigError
+from titanmoe.models.build import build_model
 from titanmoe.models.family import Family
 from titanmoe.models.keys import map_keys
 from titanmoe.models.spec import DecoderSpec
@@ -70,6 +71,7 @@ def save_hf(
     """Write the model so that transformers loads it.
 
     If the model is sharded, every rank must call this: each parameter is gathered on rank 0 in turn, which writes.
+    Not every rank must have all of them.
     Beyond the model, one whole parameter is in its memory, and some rows of it as the file has them. Of ranks with a
     whole model each, rank 0 writes.
 
@@ -87,7 +89,8 @@ def save_hf(
 
     Raises:
         ConfigError: before a tensor is written: the target is in use, the family's format has no place for a
-            parameter or its config.json none for the spec, no tokenizer in `tokenizer_dir`, too little space; later:
+            parameter or its config.json none for the spec, no rank has a tensor of the spec, no tokenizer in
+            `tokenizer_dir`, too little space; later:
             the disk is full or fails, or a parameter is not finite and FP8 was asked for.
         NotExportedError: what was written is not the model.
         In any case nothing is left behind.
@@ -97,6 +100,7 @@ def save_hf(
     target = Path(folder).expanduser().resolve()
     tensors = model_tensors(model)
     ranks = ranks_sharing(tensors.values())
+    of_all = tensors_of_all(tensors, ranks)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
     new_parents = [parent for parent in target.parents if not parent.exists()]
@@ -104,13 +108,13 @@ def save_hf(
     shards: list[list[Entry]] = []
 
     def prepare() -> None:
-        check_exportable(model, family, spec, dtype)
-        entries.extend(entries_of(tensors, family, dtype))
+        _check_exportable(of_all, family, spec, dtype)
+        entries.extend(entries_of(of_all, family, dtype))
         shards.extend(split_into_shards(entries, max_shard_bytes))
         if writes:
             check_target(target, overwrite, sum(entry.num_bytes for entry in entries))
             temporary.mkdir(parents=True)
-            config = family.to_hf_config(spec, main_dtype_name(entries)) | config_entries(tensors, family, entries)
+            config = family.to_hf_config(spec, main_dtype_name(entries)) | config_entries(of_all, family, entries)
             if tokenizer_dir is not None:
                 copy_tokenizer(require_folder(tokenizer_dir), temporary)
             if (assets_dir := generation_config_dir or tokenizer_dir) is not None:
@@ -163,15 +167,23 @@ def check_exportable(model: nn.Module, family: Family, spec: DecoderSpec, dtype:
     """Whether the family's files have a place for all of the model, which may be on the meta device, in this dtype.
 
     Raises:
-        ConfigError: they have none for a tensor, or config.json none for the spec; or see `entries_of`.
+        ConfigError: they have none for a tensor, or config.json none for the spec, of which the model is but a part;
+            or see `entries_of`.
     """
-    tensors = model_tensors(model)
+    _check_exportable(model_tensors(model), family, spec, dtype)
+
+
+def _check_exportable(
+    tensors: Mapping[str, Tensor], family: Family, spec: DecoderSpec, dtype: torch.dtype | None
+) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if without_rule := map_keys([family.rules], shapes)[1]:
         raise ConfigError(
             f"the files of family {family.name!r} have no place for {describe_keys(without_rule)}",
             mend="A model with them cannot be exported to this family's format; a training checkpoint holds them.",
         )
+    if missing := [name for name in model_tensors(build_model(spec)) if name not in tensors]:
+        raise ConfigError(f"the model is not whole: no rank has {describe_keys(missing)}")
     if not can_express(family, spec):
         raise ConfigError(f"a config.json of family {family.name!r} cannot describe this model: {spec}")
     entries_of(tensors, family, dtype)

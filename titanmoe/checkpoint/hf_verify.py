@@ -16,6 +16,7 @@ from torch import Tensor
 from titanmoe.checkpoint.gather import gather_each
 from titanmoe.checkpoint.hf_entries import Entry
 from titanmoe.checkpoint.hf_folder import describe_keys, list_tensors, read_hf_config
+from titanmoe.checkpoint.model_tensors import tensors_of_all
 from titanmoe.checkpoint.progress import Progress
 from titanmoe.checkpoint.quantization import parse_quantization
 from titanmoe.checkpoint.row_source import Files, RowSource
@@ -45,11 +46,13 @@ def find_difference(
 
     Args:
         folder: on rank 0, which compares; None on others, which only take part in gathering sharded parameters.
+        tensors: what this rank has of the model.
         meant: what was to be written.
         ranks: those that share the model.
         on_progress: called after each file tensor.
     """
     problem = ""
+    of_all = tensors_of_all(tensors, ranks)
     sources: dict[str, RowSource] = {}
     entries_of: dict[str, list[Entry]] = {}
     total, done = sum(entry.num_bytes for entry in meant), 0
@@ -57,7 +60,7 @@ def find_difference(
         if folder is not None:
             try:
                 sources = _sources(folder, family, spec)
-                entries_of = _as_read(sources, tensors, family, meant)
+                entries_of = _as_read(sources, of_all, family, meant)
             except ConfigError as error:
                 problem = str(error)
         # To the end, after a difference too: other ranks take part in the gathering.
@@ -84,10 +87,10 @@ def _sources(folder: Path, family: Family, spec: DecoderSpec) -> dict[str, RowSo
 
 
 def _as_read(
-    sources: Mapping[str, RowSource], tensors: Mapping[str, Tensor], family: Family, meant: Sequence[Entry]
+    sources: Mapping[str, RowSource], of_all: Mapping[str, Tensor], family: Family, meant: Sequence[Entry]
 ) -> dict[str, list[Entry]]:
     """What a reader takes each parameter from, by the parameter's name; ConfigError if that is not all of it."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in of_all.items()}
     dtypes = {entry.name: entry.dtype for entry in meant}
     by_file_key, _ = map_keys(family.layouts, shapes, sources)
     if odd := sorted(by_file_key.keys() ^ sources.keys()):

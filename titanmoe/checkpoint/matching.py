@@ -22,8 +22,9 @@ def check_match(
 
     Raises ConfigError listing both sides where they differ. Numbers that change their type are logged.
     """
-    mine = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    shapes = {name: shape for of_rank in ranks.gather(mine) for name, shape in of_rank.items()}
+    mine = {name: StoredTensor(tuple(tensor.shape), tensor.dtype) for name, tensor in wanted.items()}
+    of_all = {name: kind for of_rank in ranks.gather(mine) for name, kind in of_rank.items()}
+    shapes = {name: kind.shape for name, kind in of_all.items()}
     there = {name: tensor.shape for name, tensor in stored.items() if name.partition(".")[0] in parts}
     lines = [
         *_listed("only in the checkpoint", [f"{name} {there[name]}" for name in there if name not in shapes]),
@@ -40,11 +41,11 @@ def check_match(
             where=str(path),
             mend="use the model and optimizer settings it was saved with, or another checkpoint.folder",
         )
-    cast = [name for name in wanted if name.startswith("model.") and stored[name].dtype != wanted[name].dtype]
+    cast = [name for name in of_all if name.startswith("model.") and stored[name].dtype != of_all[name].dtype]
     if cast:
         first = cast[0]
         text = "%d tensors change their type: %s is %s in the checkpoint and %s in the model"
-        ranks.log(logging.WARNING, text, len(cast), first, stored[first].dtype, wanted[first].dtype)
+        ranks.log(logging.WARNING, text, len(cast), first, stored[first].dtype, of_all[first].dtype)
 
 
 def _listed(title: str, items: list[str]) -> list[str]:

@@ -1,9 +1,10 @@
-"""A model's tensors by name, whole or in shards, and the ranks that share them."""
+"""A model's tensors by name, whole or in shards, and the ranks that share them. Ranks may hold different ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,3 +30,29 @@ def ranks_sharing(tensors: Iterable[Tensor]) -> Ranks:
     if not any(isinstance(tensor, DTensor) for tensor in tensors):
         return Ranks(0, 1, None)
     return Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+
+
+def tensors_of_all(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """What all ranks have together: tensors of the whole shapes on the meta device, parameters among them as such.
+
+    They are in the order of a model that is on one rank, whichever layers a rank has. Every rank must call it.
+    """
+    mine = {name: (tensor.shape, tensor.dtype, isinstance(tensor, nn.Parameter)) for name, tensor in tensors.items()}
+    found: dict[str, tuple[torch.Size, torch.dtype, bool]] = {}
+    for of_rank in ranks.gather(mine):
+        for name, kind in of_rank.items():
+            assert found.setdefault(name, kind) == kind, f"{name} is {found[name]} on one rank, {kind} on another"
+    modules = list(dict.fromkeys(name.partition(".")[0] for name in found))
+
+    def place(name: str) -> tuple[int, int]:
+        module, _, rest = name.partition(".")
+        layer = rest.partition(".")[0]
+        return modules.index(module), int(layer) if layer.isdecimal() else -1
+
+    whole = {}
+    for name in sorted(found, key=place):
+        shape, dtype, is_parameter = found[name]
+        whole[name] = torch.empty(shape, dtype=dtype, device="meta")
+        if is_parameter:
+            whole[name] = nn.Parameter(whole[name], requires_grad=False)
+    return whole

@@ -30,7 +30,8 @@ class RunState:
     """The parts of a run, as the trainer owns them.
 
     Attributes:
-        model: parameters and persistent buffers are kept; plain tensors (equal on every rank) or DTensors.
+        model: parameters and persistent buffers are kept; plain tensors (equal on every rank that has them) or
+            DTensors. Ranks may have different ones.
         optimizers: states are kept by parameter name. Hyperparameters are not: they come from the config.
         train_state: counters (step, tokens seen, ...), equal on every rank.
         lr_scheduler: equal on every rank.
