@@ -71,9 +71,8 @@ def save_hf(
     """Write the model so that transformers loads it.
 
     If the model is sharded, every rank must call this: each parameter is gathered on rank 0 in turn, which writes.
-    Not every rank must have all of them.
-    Beyond the model, one whole parameter is in its memory, and some rows of it as the file has them. Of ranks with a
-    whole model each, rank 0 writes.
+    Not every rank must have all of them. Beyond the model, one whole parameter is in rank 0's memory, and some rows of
+    it as the file has them. Of ranks with a whole model each, rank 0 writes.
 
     Args:
         folder: is created. If it exists and holds anything, that is an error unless `overwrite` is set; and then it
@@ -90,8 +89,8 @@ def save_hf(
     Raises:
         ConfigError: before a tensor is written: the target is in use, the family's format has no place for a
             parameter or its config.json none for the spec, no rank has a tensor of the spec, no tokenizer in
-            `tokenizer_dir`, too little space; later:
-            the disk is full or fails, or a parameter is not finite and FP8 was asked for.
+            `tokenizer_dir`, too little space; later: the disk is full or fails, or a parameter is not finite and FP8
+            was asked for.
         NotExportedError: what was written is not the model.
         In any case nothing is left behind.
     """

@@ -56,9 +56,9 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         shared = block.moe.shared_experts if block.moe is not None else None
         for feed_forward in filter(None, (block.feed_forward, shared)):
             _split_feed_forward(feed_forward, mesh, tokens)
-    if model.tok_embeddings is not None:
-        _place(model.tok_embeddings, mesh, Shard(0))
-        model.tok_embeddings.forward = functools.partial(_embed, model.tok_embeddings, tokens)
+    if (embedding := model.tok_embeddings) is not None:
+        _place(embedding, mesh, Shard(0))
+        embedding.forward = functools.partial(_embed, embedding, tokens)  # type: ignore[method-assign]
     if model.output is not None:
         _place(model.output, mesh, Shard(0))
     model.project = _Words(tokens)
