@@ -71,7 +71,6 @@ def test_toml_values_that_fit(path, given, wanted):
         ("training.gc_debug", True, "reporting garbage collection in detail is not supported yet"),
         ("parallelism.expert_parallel_comm_backend", "deepep", "DeepEP is not supported yet"),
         ("model.converters", ["float8"], "not supported yet"),
-        ("activation_checkpoint.mode", "memory_budget", '"memory_budget" is not supported yet'),
         ("fault_tolerance.enable", True, "not supported yet"),
     ],
 )
@@ -130,7 +129,7 @@ def test_texts_that_do_not_fit(path, text, message):
 
 def test_every_unsupported_key_is_refused_and_takes_its_default():
     later = [key for key in KEYS.values() if key.limits.later]
-    assert len(later) > 15
+    assert len(later) > 5
     other = {bool: lambda d: not d, int: lambda d: d + 1, str: lambda d: d + "x", tuple: lambda d: ["x"]}
     for key in later:
         default = list(key.default) if isinstance(key.default, tuple) else key.default

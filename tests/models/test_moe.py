@@ -180,7 +180,7 @@ def test_balance_loss_formula_and_its_gradient_reach_the_gate() -> None:
 
 
 def test_recomputation_keeps_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if top-k answered otherwise the second time, the recomputed forward follows the first."""
+    """The recomputed forward follows the first, and asks nobody which experts to take."""
     from tests.parallel.test_layouts import SPEC
     from titanmoe.models.build import build_model, init_weights
 
@@ -191,14 +191,13 @@ def test_recomputation_keeps_the_choice(monkeypatch: pytest.MonkeyPatch) -> None
     reference(tokens).square().mean().backward()
     apply_activation_checkpoint(model, mode="full")
     out = model(tokens).square().mean()
-    topk, other_scores = torch.topk, torch.rand(34, 6)
     calls = []
 
-    def another_topk(scores: Tensor, k: int, **kwargs: object) -> object:
-        calls.append(k)
-        return topk(other_scores, k, **kwargs)  # type: ignore[call-overload]
+    def no_topk(*_: object, **__: object) -> None:
+        raise AssertionError("the choice was made again")
 
-    monkeypatch.setattr(torch, "topk", another_topk)
+    model.moe_layers()[0][1].experts.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(torch, "topk", no_topk)
     out.backward()
     assert calls, "the forward was not recomputed"
     for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):

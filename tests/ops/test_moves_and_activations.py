@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from titanmoe.ops.attention import causal_attention
-from titanmoe.ops.permute import combine, permute, permute_weights, sort_by_expert
+from titanmoe.ops.permute import combine, permute, permute_weights, regroup_by_expert, sort_by_expert
 from titanmoe.ops.rms_norm import rms_norm
 from titanmoe.ops.rope import apply_rope, rope_table
 from titanmoe.ops.swiglu import swiglu
@@ -31,6 +33,31 @@ def test_permutation_sorts_and_inverts(top_k: int, choice: str, align: int) -> N
     assert torch.equal(torch.searchsorted(permutation.offsets_E, rows, right=True), experts_TK.flatten())
     padding = set(range(int(sizes_E.sum()))) - set(rows.tolist())
     assert padding == (set() if permutation.padding_P is None else set(permutation.padding_P.tolist()))
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("kind", ["random", "one expert gets all", "one expert", "one group", "no rows"])
+def test_regrouping_is_sorting(kind: str, align: int) -> None:
+    num_rows_GE = torch.randint(0, 5, (1 if kind == "one group" else 3, 1 if kind == "one expert" else 4))
+    if kind == "one expert gets all":
+        num_rows_GE *= torch.tensor([0, 0, 1, 0])
+    elif kind == "no rows":
+        num_rows_GE.zero_()
+    num_experts = num_rows_GE.shape[1]
+    experts_S = torch.cat([torch.arange(num_experts).repeat_interleave(num_rows_E) for num_rows_E in num_rows_GE])
+    found = regroup_by_expert(num_rows_GE, len(experts_S), align)
+    expected = sort_by_expert(experts_S[:, None], num_experts, align)
+    assert found.is_identity == (kind == "one expert" and align == 1)
+    for name, tensor in vars(replace(expected, is_identity=found.is_identity)).items():
+        other = getattr(found, name)
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(tensor, other) and tensor.dtype == other.dtype, name
+        else:
+            assert tensor is other, name
+    x_SD, weights_S1 = torch.randn(len(experts_S), 3), torch.rand(len(experts_S), 1)
+    for permutation in (found, expected):
+        y_RD = permute(x_SD, permutation) * permute_weights(weights_S1, permutation)[:, None]
+        assert torch.equal(combine(y_RD, permutation), x_SD * weights_S1)
 
 
 @pytest.mark.parametrize("align", [1, 8])

@@ -62,6 +62,7 @@ class Layout(Degrees):
 
     recompute: str = "none"
     reshard: str = "default"
+    offload: bool = False
 
     @property
     def degrees(self) -> Degrees:
@@ -131,7 +132,7 @@ def on_ranks(
     spec: DecoderSpec, layout: Layout, change: Change | None = None, num_steps: int = NUM_STEPS
 ) -> list[list[Step]]:
     """What each rank found."""
-    return run_ranks(_on_rank, layout.num_ranks, spec, layout, change, num_steps)
+    return run_ranks(on_rank, layout.num_ranks, spec, layout, change, num_steps)
 
 
 def compare(
@@ -150,7 +151,7 @@ def steps_on_mesh(model: Decoder, mesh: Mesh, num_steps: int = 1) -> list[Step]:
     return [_step(model, batch.part(mesh.context_rank, mesh.degrees.cp)) for batch in batches]
 
 
-def _on_rank(spec: DecoderSpec, layout: Layout, change: Change | None, num_steps: int) -> list[Step]:
+def on_rank(spec: DecoderSpec, layout: Layout, change: Change | None, num_steps: int) -> list[Step]:
     # full_tensor() of a tensor that is sharded twice along a dim says how it goes about it.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     mesh = Mesh.build(torch.device("cpu"), layout.degrees)
@@ -162,6 +163,7 @@ def _on_rank(spec: DecoderSpec, layout: Layout, change: Change | None, num_steps
         reduce_dtype=torch.float32,
         reshard_after_forward=layout.reshard,
         checkpoint_mode=layout.recompute,
+        cpu_offload=layout.offload,
     )
     materialize(model, "cpu")
     init_weights(model, seed=3)

@@ -25,7 +25,7 @@ from tests.parallel.layouts import (
 from tests.ranks import run_ranks
 from titanmoe.config.sizes import Degrees
 from titanmoe.models.build import build_model, init_weights, materialize
-from titanmoe.models.spec import DecoderSpec
+from titanmoe.models.spec import DecoderSpec, MoE
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 
@@ -126,6 +126,14 @@ def _logits(layout: Layout) -> tuple[Tensor, int]:
 
 def _tokens() -> Tensor:
     return torch.randint(100, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_one_expert_on_each_rank() -> None:
+    """Rows that arrive are in the expert's order already."""
+    layer = SPEC.layers[1]
+    assert isinstance(layer.feed_forward, MoE)
+    few = replace(layer, feed_forward=replace(layer.feed_forward, num_experts=4))
+    _compare(replace(SPEC, layers=(SPEC.layers[0], few)), Layout(dp_shard=4, ep=4), balance_sequences)
 
 
 @pytest.mark.parametrize("tp", [2, 4])

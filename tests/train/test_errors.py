@@ -139,7 +139,7 @@ MISTAKES: dict[str, tuple[Prepare, str]] = {
     "export without checkpoints": (plain("--checkpoint.last_save_in_hf"), "checkpoint.enable is off"),
     "step without checkpoints": (plain("--checkpoint.load_step=3"), "checkpoint.enable is off"),
     "degrees that do not fit": (plain("--parallelism.data_parallel_shard_degree=3"), "data_parallel_shard_degree"),
-    "later feature": (plain("--parallelism.pipeline_parallel_degree=2"), "not supported yet"),
+    "later feature": (plain("--profiling.enable_memory_snapshot"), "not supported yet"),
 }
 
 
@@ -238,7 +238,7 @@ def test_data_that_only_one_rank_lacks_ends_all(tmp_path: Path) -> None:
     job = write_job(tmp_path)
 
     def arrange(rank: int) -> None:
-        import titanmoe.trainer as place
+        import titanmoe.trainer.build as place
 
         open_source = place.open_source
         if rank == 1:

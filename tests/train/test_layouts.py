@@ -22,6 +22,9 @@ VALIDATION = (
 )
 EXPERT = "--parallelism.expert_parallel_degree"
 CONTEXT = "--parallelism.context_parallel_degree"
+TENSOR = "--parallelism.tensor_parallel_degree=2"
+EXPERT_TENSOR = "--parallelism.expert_tensor_parallel_degree=2"
+PIPELINE = "--parallelism.pipeline_parallel_degree=2"
 REPLICATE = "--parallelism.data_parallel_replicate_degree=2"
 
 
@@ -52,6 +55,14 @@ def one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         pytest.param(
             4, ("--training.local_batch_size=2", REPLICATE, f"{CONTEXT}=2", f"{EXPERT}=2"), id="replicate 2, cp 2, ep 2"
         ),
+        pytest.param(2, ("--training.local_batch_size=2", TENSOR), id="tp 2, accumulation 2"),
+        pytest.param(4, ("--training.local_batch_size=1", TENSOR, f"{EXPERT}=4"), id="fsdp 2, tp 2, ep 4"),
+        pytest.param(
+            4,
+            ("--training.local_batch_size=2", REPLICATE, TENSOR, EXPERT_TENSOR),
+            id="replicate 2, tp 2, etp 2",
+        ),
+        pytest.param(4, (PIPELINE, TENSOR, f"{EXPERT}=2"), id="pp 2, tp 2, ep 2"),
     ],
 )
 def test_a_layout_equals_one_process(

@@ -24,6 +24,10 @@ SAVE = ("--checkpoint.enable", "--training.steps=20")
 REPLICATE = "--parallelism.data_parallel_replicate_degree=2"
 CONTEXT = "--parallelism.context_parallel_degree=2"
 EXPERT = "--parallelism.expert_parallel_degree=2"
+EXPERT_4 = "--parallelism.expert_parallel_degree=4"
+TENSOR = "--parallelism.tensor_parallel_degree=2"
+EXPERT_TENSOR = "--parallelism.expert_tensor_parallel_degree=2"
+PIPELINE = "--parallelism.pipeline_parallel_degree=2"
 BF16 = "--training.mixed_precision_param=bfloat16"
 
 CASES = {
@@ -57,6 +61,19 @@ CASES = {
     "cp 2, bias update": (2, (CONTEXT, "--moe.bias_update_rate=0.01", "--data.document_mask")),
     "fsdp 2, cp 2, ep 2": (4, ("--training.local_batch_size=2", CONTEXT, EXPERT)),
     "ep 2, bfloat16 compute": (2, ("--training.local_batch_size=2", EXPERT, BF16)),
+    "tp 2, ep 2": (2, (TENSOR, EXPERT, "--moe.bias_update_rate=0.01")),
+    "fsdp 2, tp 2, etp 2, async, AdamW8bit": (
+        4,
+        (
+            "--training.local_batch_size=2",
+            TENSOR,
+            EXPERT_TENSOR,
+            "--checkpoint.async_mode=async",
+            "--optimizer.name=AdamW8bit",
+        ),
+    ),
+    "pp 2, fsdp 2, ep 2": (4, ("--training.local_batch_size=2", PIPELINE, EXPERT, "--moe.bias_update_rate=0.01")),
+    "pp 2, tp 2, bfloat16 compute": (4, (PIPELINE, TENSOR, BF16)),
     "bias update": (1, ("--moe.bias_update_rate=0.01", "--moe.aux_loss_coeff=0.01")),
     "compiled": (1, ("--compile.enable", "--compile.backend=aot_eager")),
 }
@@ -111,16 +128,21 @@ def test_the_checkpoint_holds_what_the_cases_say(tmp_path: Path) -> None:
         ((4,), (2,)),
         ((4, EXPERT), (1,)),
         ((2, EXPERT), (4, REPLICATE)),
-        ((2,), (4, EXPERT.replace("=2", "=4"))),
+        ((2,), (4, EXPERT_4)),
         ((4, CONTEXT, EXPERT), (2,)),
+        ((4, EXPERT_4), (4, PIPELINE, TENSOR)),
+        ((4, PIPELINE, TENSOR, EXPERT), (1,)),
+        ((2, TENSOR, EXPERT_TENSOR), (2, PIPELINE)),
+        ((4, PIPELINE, EXPERT), (4, TENSOR, EXPERT_4)),
     ],
 )
 def test_resume_on_another_layout(first: tuple, then: tuple, tmp_path: Path) -> None:
     """The number of ranks, and options, before and after."""
     job = write_job(tmp_path)
+    shared = {CONTEXT, TENSOR, PIPELINE}  # of two ranks that read the same sequences
     run(job, tmp_path / "whole", *SAVE)
     before, after = (
-        (f"--training.local_batch_size={4 // ranks * (2 if CONTEXT in options else 1)}", *options)
+        (f"--training.local_batch_size={4 // ranks * 2 ** len(shared.intersection(options))}", *options)
         for ranks, *options in (first, then)
     )
     run(job, tmp_path / "parts", *SAVE, *before, ranks=first[0], before=signal_at(10), code=75)

@@ -62,9 +62,9 @@ def test_without_checkpoints_stopping_is_a_failure(uninterrupted: tuple[Path, Pa
 
 def test_a_second_ctrl_c_a_while_later_interrupts(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
     def arrange(rank: int) -> None:
-        import titanmoe.trainer as place
+        from titanmoe.training.step import PlainStep
 
-        accumulate, calls = place.accumulate_gradients, []
+        accumulate, calls = PlainStep.accumulate, []
 
         def slowly(*args: object) -> object:
             calls.append(1)
@@ -75,7 +75,7 @@ def test_a_second_ctrl_c_a_while_later_interrupts(uninterrupted: tuple[Path, Pat
                 time.sleep(60)
             return accumulate(*args)
 
-        place.accumulate_gradients = slowly
+        PlainStep.accumulate = slowly  # type: ignore[method-assign]
 
     outcome = run(uninterrupted[0], tmp_path, "--checkpoint.enable", before=arrange, code=1)
     assert outcome.err[0].startswith("error: interrupted") and "Traceback" not in outcome.err[0]
@@ -102,7 +102,7 @@ def signal_in(module: str, name: str) -> Callable[[int], None]:
 def test_stop_while_starting_up(uninterrupted: tuple[Path, Path], tmp_path: Path) -> None:
     """No step is taken, as none was asked for; the next run begins."""
     job, whole = uninterrupted
-    run(job, tmp_path, *TWO, ranks=2, before=signal_in("titanmoe.trainer", "build_model"), code=75)
+    run(job, tmp_path, *TWO, ranks=2, before=signal_in("titanmoe.trainer.build", "build_model"), code=75)
     assert steps(tmp_path) == {} and saved_steps(tmp_path) == []
     run(job, tmp_path, *TWO, ranks=2)
     assert curve(tmp_path) == curve(whole)
@@ -113,7 +113,7 @@ def test_stop_while_resuming_saves_nothing_anew(uninterrupted: tuple[Path, Path]
     run(job, tmp_path, *TWO, ranks=2, before=signal_at(5), code=75)
     manifest = tmp_path / "checkpoint" / "step-5" / "manifest.json"
     written = manifest.stat().st_mtime_ns
-    run(job, tmp_path, *TWO, ranks=2, before=signal_in("titanmoe.trainer", "build_model"), code=75)
+    run(job, tmp_path, *TWO, ranks=2, before=signal_in("titanmoe.trainer.build", "build_model"), code=75)
     assert manifest.stat().st_mtime_ns == written
     run(job, tmp_path, *TWO, ranks=2)
     assert curve(tmp_path) == curve(whole)
@@ -125,7 +125,7 @@ def test_stop_during_validation(uninterrupted: tuple[Path, Path], tmp_path: Path
     options = (*TWO, *VALIDATION, f"--validation.dataset_path={job.parent}/data")
 
     def arrange(rank: int) -> None:
-        import titanmoe.trainer as place
+        import titanmoe.trainer.run as place
 
         evaluate = place.evaluate
 

@@ -8,14 +8,14 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from titanmoe.models.build import build_model, init_weights, materialize
-from titanmoe.models.decoder import Decoder
+from titanmoe.models.decoder import Decoder, Part
 from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
 from titanmoe.training.balance import ExpertBalance, collect_expert_counts, update_selection_bias
 
 NUM_EXPERTS = 5
 
 
-def tiny(*kinds: str) -> Decoder:
+def tiny(*kinds: str, part: Part | None = None) -> Decoder:
     """Layers by kind: "dense", "plain" (experts without a selection bias), "bias"."""
     attention = GroupedQuery(2, 1, 8, Rope(8, 1e4))
     parts = {
@@ -24,7 +24,7 @@ def tiny(*kinds: str) -> Decoder:
         "bias": MoE(NUM_EXPERTS, 2, 8, Router(score="sigmoid", selection_bias=True)),
     }
     layers = tuple(LayerSpec(attention, parts[kind]) for kind in kinds)
-    model = materialize(build_model(DecoderSpec(dim=16, vocab_size=31, layers=layers)), "cpu")
+    model = materialize(build_model(DecoderSpec(dim=16, vocab_size=31, layers=layers), part=part), "cpu")
     init_weights(model, seed=0)
     return model
 
@@ -107,3 +107,27 @@ def test_the_window_is_all_that_came_since_the_last_log_over_all_ranks(rate: flo
 
 def test_a_dense_model_has_no_balance() -> None:
     assert ExpertBalance(tiny("dense"), 0.1).step(is_logged=True) is None
+
+
+def _in_a_pipeline(rate: float) -> tuple[list[list[int]], list[float]]:
+    """Rank 0 has a dense layer only, rank 1 the second layer with experts, rank 2 the first one and the last."""
+    layers = [(0,), (2,), (1, 3)][dist.get_rank()]
+    model = tiny("dense", "bias", "bias", "plain", part=Part(layers, embeds=False, projects=False))
+    for index, layer in model.moe_layers():
+        layer.router.num_tokens_per_expert_E[int(index)] += 10
+    balance = ExpertBalance(model, rate)
+    assert balance.step(is_logged=False) is None
+    counts = balance.step(is_logged=True)
+    assert counts is not None
+    biases = [layer.router.expert_bias for _, layer in model.moe_layers() if layer.router.expert_bias is not None]
+    return counts[1].tolist(), [float(bias_E.argmin()) for bias_E in biases]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_ranks_with_other_layers_or_without_experts_take_part(rate: float) -> None:
+    results = run_ranks(_in_a_pipeline, 3, rate)
+    for counts, lowered in results:
+        assert counts == [[10 if expert == row + 1 else 0 for expert in range(NUM_EXPERTS)] for row in range(3)]
+        assert rate == 0 or lowered in ([], [2.0], [1.0])
+    if rate:
+        assert [lowered for _, lowered in results] == [[], [2.0], [1.0]]

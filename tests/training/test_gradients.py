@@ -125,3 +125,30 @@ def test_meshes_are_combined_and_replicas_count_once() -> None:
         assert names == ["0"]
         for got, grad in zip(clipped, whole, strict=True):
             torch.testing.assert_close(got, grad / (want + 1e-6), rtol=1e-5, atol=0)
+
+
+def _clip_in_a_pipeline() -> tuple[float, list[Tensor]]:
+    """Two stages of two ranks: one with a dense weight, one with experts, a replica and what has no gradient."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "fsdp"))
+    shards = mesh["fsdp"]
+    grads = random_gradients()
+    if mesh.get_local_rank("pp") == 0:
+        placed = [distribute_tensor(grads[0], shards, [Shard(0)])]
+    else:
+        placed = [distribute_tensor(grads[2], shards, [Shard(1)]), distribute_tensor(grads[1], shards, [Replicate()])]
+    parameters = [nn.Parameter(grad.detach().clone()) for grad in placed]
+    for parameter, grad in zip(parameters, placed, strict=True):
+        parameter.grad = grad
+    if mesh.get_local_rank("pp") == 1:
+        parameters.append(nn.Parameter(distribute_tensor(grads[0], shards, [Shard(0)])))
+    norm = clip_gradients(parameters, 1.0, mesh["pp"].get_group())
+    return float(norm), [grad.full_tensor() for grad in placed]
+
+
+def test_a_pipelines_stages_have_one_norm() -> None:
+    first, vector, cube, _ = random_gradients()
+    want = exact_norm([first, vector, cube])
+    for rank, (norm, clipped) in enumerate(run_ranks(_clip_in_a_pipeline, 4)):
+        assert norm == pytest.approx(want, rel=1e-6)
+        for got, grad in zip(clipped, [first] if rank < 2 else [cube, vector], strict=True):
+            torch.testing.assert_close(got, grad / (want + 1e-6), rtol=1e-5, atol=0)

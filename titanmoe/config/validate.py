@@ -7,6 +7,7 @@ from pathlib import Path
 
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
+from titanmoe.config.pipeline import check_pipeline
 from titanmoe.config.sections.checkpoint import Checkpoint
 from titanmoe.config.sections.learning import DataLoader, Training, Validation
 from titanmoe.config.sections.machine import ActivationCheckpoint, Compile
@@ -25,6 +26,7 @@ def validate(config: JobConfig, world_size: int) -> None:
     validate_keys(config)
     global_batch_size(config, world_size)
     check_sequences_can_be_cut(config)
+    check_pipeline(config, world_size)
     if config.checkpoint.create_seed_checkpoint and world_size != 1:
         raise ConfigError(
             f"a seed checkpoint is made by one rank, not by {world_size}",
@@ -46,7 +48,7 @@ def validate_keys(config: JobConfig) -> None:
     if config.validation.enable:
         _check_dataset(config.validation, "validation")
         _check_dataloader(config.validation.dataloader, "validation.dataloader")
-    _check_activation_checkpoint(config.activation_checkpoint)
+    _check_activation_checkpoint(config.activation_checkpoint, config.compile)
     _check_compile(config.compile)
     _check_checkpoint(config.checkpoint, config.model)
     _check_profiling(config.profiling)
@@ -85,7 +87,7 @@ def _check_dataloader(dataloader: DataLoader, section: str) -> None:
         )
 
 
-def _check_activation_checkpoint(checkpointing: ActivationCheckpoint) -> None:
+def _check_activation_checkpoint(checkpointing: ActivationCheckpoint, compiling: Compile) -> None:
     option = checkpointing.selective_ac_option
     is_count = option.isascii() and option.isdigit() and int(option) >= 1
     if checkpointing.mode == "selective" and option != "op" and not is_count:
@@ -93,6 +95,12 @@ def _check_activation_checkpoint(checkpointing: ActivationCheckpoint) -> None:
             f'"{option}" was given, but it must be "op" or a whole number of at least 1, in quotes',
             where="activation_checkpoint.selective_ac_option",
             mend='"2" recomputes every second layer.',
+        )
+    if checkpointing.mode == "memory_budget" and not (compiling.enable and "model" in compiling.components):
+        raise ConfigError(
+            '"memory_budget" was given, but it is the compiler that keeps to the budget, and the model is not compiled',
+            where="activation_checkpoint.mode",
+            mend='Set compile.enable = true, with "model" in compile.components, or name another mode.',
         )
 
 

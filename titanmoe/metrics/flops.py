@@ -1,21 +1,4 @@
-"""Exact FLOPs and parameters of a `DecoderSpec`, and the peak rates of accelerators.
-
-Only matrix products are counted: a product of (m, k) with (k, n) is 2*m*n*k FLOPs. Norms, activations, rotary
-embeddings, softmax and the embedding's look-up are not. Per token of a sequence of S tokens, one forward is
-
-    attention projections   2*D*(Hq + 2*Hk)*d + 2*Hq*d*D     grouped-query (Hq, Hk heads of d channels)
-                            2*(weights of the projections)   latent
-    attention core          S*Hq*(d + d_v)                   scores and values of d and d_v channels, see below
-    dense feed-forward      6*D*F                            gate, up and down
-    router                  2*D*E
-    routed experts          6*D*F*K                          only the K experts a token chooses
-    shared expert           6*D*F
-    output projection       2*D*V
-
-A causal query sees (S + 1)/2 keys on average; the core (2*keys*d for scores and 2*keys*d_v for values per head) is
-counted with S/2 of them, half of the full square, which is what Megatron-LM and NVIDIA's published TFLOP/s use. With a
-window of W < S it is counted with W - W^2/(2S) keys, in chunks of C < S with C/2. Masks between documents are not
-subtracted.
+"""FLOPs of training, parameters of a `DecoderSpec`, and the peak rates of accelerators.
 
 A training step is three forwards: every product is done once more for the gradient of its input and once more for that
 of its weight. MFU (Chowdhery et al., arXiv 2204.02311, appendix B) divides those FLOPs by the peak rate; HFU adds the
@@ -28,7 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from titanmoe.models.spec import DecoderSpec, GroupedQuery, Latent, LayerSpec, MoE
+from titanmoe.models.flops import forward_flops_per_token, layer_flops, projection_weights
+from titanmoe.models.spec import DecoderSpec, GroupedQuery, Latent, MoE
 
 
 @dataclass(frozen=True)
@@ -36,29 +20,6 @@ class ParameterCount:
     total: int
     active: int
     """Parameters that one token passes through: all but the routed experts it did not choose."""
-
-
-def layer_flops(layer: LayerSpec, dim: int, seq_len: int) -> dict[str, int]:
-    """Forward FLOPs per token of one layer, by product; the formulas are in the module's docstring."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    flops = {
-        "attention_projections": 2 * _projection_weights(attention, dim),
-        "attention_core": _core_flops(attention, seq_len),
-    }
-    if isinstance(feed_forward, MoE):
-        flops["router"] = 2 * dim * feed_forward.num_experts
-        flops["experts"] = 6 * dim * feed_forward.hidden_dim * feed_forward.top_k
-        if feed_forward.shared is not None:
-            flops["shared_experts"] = 6 * dim * feed_forward.shared.hidden_dim
-    else:
-        flops["feed_forward"] = 6 * dim * feed_forward.hidden_dim
-    return flops
-
-
-def forward_flops_per_token(spec: DecoderSpec, seq_len: int) -> int:
-    """Forward FLOPs per token of the whole model on sequences of `seq_len` tokens."""
-    layers = sum(sum(layer_flops(layer, spec.dim, seq_len).values()) for layer in spec.layers)
-    return layers + 2 * spec.dim * spec.vocab_size
 
 
 def training_flops_per_token(spec: DecoderSpec, seq_len: int) -> int:
@@ -87,7 +48,7 @@ def num_parameters(spec: DecoderSpec) -> ParameterCount:
     total = active = embeddings + spec.dim
     for layer in spec.layers:
         attention, feed_forward = layer.attention, layer.feed_forward
-        always = 2 * spec.dim + _projection_weights(attention, spec.dim) + _attention_vectors(attention, spec.dim)
+        always = 2 * spec.dim + projection_weights(attention, spec.dim) + _attention_vectors(attention, spec.dim)
         if isinstance(feed_forward, MoE):
             expert = 3 * spec.dim * feed_forward.hidden_dim
             expert += 2 * feed_forward.hidden_dim + spec.dim if feed_forward.bias else 0
@@ -103,18 +64,6 @@ def num_parameters(spec: DecoderSpec) -> ParameterCount:
     return ParameterCount(total, active)
 
 
-def _projection_weights(attention: GroupedQuery | Latent, dim: int) -> int:
-    """Weights of the projections: each is used once per token."""
-    if isinstance(attention, GroupedQuery):
-        return 2 * dim * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
-    query_dim, rank = attention.num_heads * attention.qk_head_dim, attention.q_lora_rank
-    queries = dim * query_dim if rank is None else rank * (dim + query_dim)
-    latent = dim * (attention.kv_lora_rank + attention.rope.dim)
-    values_dim = attention.num_heads * attention.v_head_dim
-    key_values = attention.kv_lora_rank * (attention.num_heads * attention.qk_nope_head_dim + values_dim)
-    return queries + latent + key_values + values_dim * dim
-
-
 def _attention_vectors(attention: GroupedQuery | Latent, dim: int) -> int:
     """Parameters of biases, norms and sinks."""
     if isinstance(attention, Latent):
@@ -125,16 +74,6 @@ def _attention_vectors(attention: GroupedQuery | Latent, dim: int) -> int:
     num_vectors += dim if attention.out_bias else 0
     num_vectors += 2 * attention.head_dim if attention.qk_norm else 0
     return num_vectors + (attention.num_heads if attention.sinks else 0)
-
-
-def _core_flops(attention: GroupedQuery | Latent, seq_len: int) -> int:
-    if isinstance(attention, Latent):
-        return seq_len * attention.num_heads * (attention.qk_head_dim + attention.v_head_dim)
-    span = min(seq_len, attention.chunk or seq_len)
-    window = min(span, attention.window or span)
-    # Twice the mean number of keys, so that it is whole for a full square.
-    keys = 2 * window - window * window // span
-    return keys * attention.num_heads * 2 * attention.head_dim
 
 
 # Dense (no sparsity) bfloat16 matrix rates with float32 accumulation, in TFLOP/s, from the vendors' data sheets.

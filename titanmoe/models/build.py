@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from titanmoe.models.decoder import Decoder
+from titanmoe.models.decoder import Decoder, Part
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.sharding import local_box, local_tensor
 
@@ -18,11 +18,15 @@ _BLOCK_NUMEL = 1 << 22
 
 
 def build_model(
-    spec: DecoderSpec, *, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32
+    spec: DecoderSpec,
+    *,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
+    part: Part | None = None,
 ) -> Decoder:
-    """A Decoder without meaningful values. Everything but float32 buffers has dtype `dtype`."""
+    """A Decoder, or a part of one, without meaningful values. Everything but float32 buffers has dtype `dtype`."""
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Decoder(spec, part)
     for parameter_name, parameter in list(model.named_parameters()):
         owner = model.get_submodule(parameter_name.rpartition(".")[0])
         name = parameter_name.rpartition(".")[2]

@@ -6,6 +6,7 @@ Shape suffixes: B batch, S sequence, D model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -79,65 +80,95 @@ class Output(nn.Linear):
         return project(hidden_BSD, local_tensor(self.weight), head)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What of a model is here: some of its layers, and perhaps its ends. The last part has the final norm, too."""
+
+    layers: tuple[int, ...]
+    embeds: bool = True
+    projects: bool = True
+
+
 class Decoder(nn.Module):
-    """A decoder-only language model.
+    """A decoder-only language model, or a part of one.
 
     Attributes:
-        spec: what it was built from.
-        layers: the blocks, keyed "0", "1", ...
+        spec: what it was built from; of the whole model, also where only a part is here.
+        layers: the blocks, keyed by their place in the whole model: "0", "1", ...
+        tok_embeddings: None in a part that begins later.
+        norm: None in a part that ends earlier.
         num_sequence_parts: into how many parts sequences are cut, of which this process is given one.
         project: what makes logits, or calls the head; replaced where the vocabulary is on several ranks.
-        output: None when the embedding's weight is used for the output too (`spec.tie_embeddings`).
+        output: None in a part that ends earlier, and when the embedding's weight is used for the output too
+            (`spec.tie_embeddings`).
     """
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, part: Part | None = None) -> None:
         super().__init__()
+        part = part or Part(tuple(range(len(spec.layers))))
         self.spec = spec
         self.num_sequence_parts = 1
         self.project: Callable[..., Any] = project
-        self.tok_embeddings = Embedding(spec.vocab_size, spec.dim)
+        self.tok_embeddings = Embedding(spec.vocab_size, spec.dim) if part.embeds else None
         self.layers = nn.ModuleDict(
-            {str(index): Block(spec.dim, layer, spec.norm_eps) for index, layer in enumerate(spec.layers)}
+            {str(index): Block(spec.dim, spec.layers[index], spec.norm_eps) for index in part.layers}
         )
-        self.norm = RMSNorm(spec.dim, spec.norm_eps)
-        self.output = None if spec.tie_embeddings else Output(spec.dim, spec.vocab_size, bias=False)
+        self.norm = RMSNorm(spec.dim, spec.norm_eps) if part.projects else None
+        has_output = part.projects and not spec.tie_embeddings
+        self.output = Output(spec.dim, spec.vocab_size, bias=False) if has_output else None
+
+    def view(self, part: Part) -> Decoder:
+        """A part of this model as a model of its own: the same modules in another container."""
+        view = Decoder(self.spec, Part((), embeds=False, projects=False))
+        view.num_sequence_parts, view.project = self.num_sequence_parts, self.project
+        view.layers.update({str(index): self.layers[str(index)] for index in part.layers})
+        if part.embeds:
+            view.tok_embeddings = self.tok_embeddings
+        if part.projects:
+            view.norm, view.output = self.norm, self.output
+        return view
 
     def forward(
         self,
-        tokens_BS: Tensor,
+        inputs: Tensor,
         *,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         head: Head | None = None,
     ) -> Any:
-        """Logits (B, S, V), or what `head` returns.
+        """Logits (B, S, V), or what `head` returns; hidden states (B, S, D) of a part that ends earlier.
 
         Args:
-            tokens_BS: int64 token ids.
-            position_ids: (B, S) or (S,), each token's position in its document; 0, 1, ... in every row if None.
+            inputs: int64 token ids (B, S); for a part that begins later, what the part before it returned.
+            position_ids: (B, S) or (S,), each token's position in its document; 0, 1, ... in every row if None. A part
+                that begins later needs them.
             cu_seqlens: int32, where documents begin in the flattened tokens (0, ..., B * S, the start of every row
                 among them), if a token may only attend to its own document.
             head: called with the last hidden states (B, S, D) and the output weight (V, D), instead of projecting.
         """
         if position_ids is None:
-            position_ids = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        x_BSD = self.tok_embeddings(tokens_BS)
-        position_ids = position_ids.expand(tokens_BS.shape)
+            assert self.tok_embeddings is not None, "hidden states may be of other tokens than this process is given"
+            position_ids = torch.arange(inputs.shape[1], device=inputs.device)
+        x_BSD = inputs if self.tok_embeddings is None else self.tok_embeddings(inputs)
+        position_ids = position_ids.expand(inputs.shape[0], -1)
         tables = {rope: _rope_table(rope, position_ids, x_BSD.dtype) for rope in self._attention_kinds("rope")}
-        batch, seq_len = tokens_BS.shape[0], tokens_BS.shape[1] * self.num_sequence_parts
+        batch, seq_len = position_ids.shape[0], position_ids.shape[1] * self.num_sequence_parts
         documents = {
-            chunk: cu_seqlens if chunk is None else chunk_documents(cu_seqlens, chunk, batch, seq_len, tokens_BS.device)
+            chunk: cu_seqlens if chunk is None else chunk_documents(cu_seqlens, chunk, batch, seq_len, inputs.device)
             for chunk in self._attention_kinds("chunk")
         }
         for block in self.blocks():
             attention = block.spec.attention
             chunk = getattr(attention, "chunk", None)
             x_BSD = block(x_BSD, tables[attention.rope], documents[chunk], position_ids)
-            if block.moe is not None:
+            if block.moe is not None and block.training:  # or the counts are those of the last recomputation
                 block.moe.router.record()
+        if self.norm is None:
+            return x_BSD
         x_BSD = self.norm(x_BSD)
         if self.output is not None:
             return self.output(x_BSD, self.project, head)
+        assert self.tok_embeddings is not None, "a tied embedding is at both ends"
         return self.project(x_BSD, local_tensor(self.tok_embeddings.weight), head)
 
     def blocks(self) -> list[Block]:
@@ -150,7 +181,7 @@ class Decoder(nn.Module):
 
     def _attention_kinds(self, name: str) -> set[Any]:
         """Every value that a field of the layers' attention has; None for a kind of attention without it."""
-        return {getattr(layer.attention, name, None) for layer in self.spec.layers}
+        return {getattr(block.spec.attention, name, None) for block in self.blocks()}
 
 
 def _rope_table(rope: Rope | None, position_ids_BS: Tensor, dtype: torch.dtype) -> RopeTable | None:

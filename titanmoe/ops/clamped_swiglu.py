@@ -5,6 +5,7 @@ Shape suffixes: R rows, H hidden features.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +31,8 @@ class _ClampedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up_R2H: Tensor, weights_R: Tensor | None, limit: float, alpha: float) -> Tensor:
         ctx.save_for_backward(gate_up_R2H, weights_R)
         ctx.limit, ctx.alpha = limit, alpha
-        h_RH = gate_up_R2H.new_empty(gate_up_R2H.shape[0], gate_up_R2H.shape[1] // 2)
-        for rows in gate_up_blocks(gate_up_R2H):
-            gate_RH, up_RH, _ = _clamped(gate_up_R2H[rows], limit)
-            product = torch.mul(up_RH + 1, torch.sigmoid(alpha * gate_RH).mul_(gate_RH), out=h_RH[rows])
-            if weights_R is not None:
-                product.mul_(weights_R[rows].to(product.dtype)[:, None])
-        return h_RH
+        ctx.recompute = partial(_activated, limit=limit, alpha=alpha)  # see swiglu.py
+        return _activated(gate_up_R2H, weights_R, limit, alpha)
 
     @staticmethod
     def backward(ctx: Any, dh_RH: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
@@ -57,6 +53,16 @@ class _ClampedSwiGLU(torch.autograd.Function):
             torch.mul(dh, glu_RH, out=dup_RH)
             dgate_up_R2H[rows].mul_(is_inside)
         return dgate_up_R2H, dweights_R, None, None
+
+
+def _activated(gate_up_R2H: Tensor, weights_R: Tensor | None, limit: float, alpha: float) -> Tensor:
+    h_RH = gate_up_R2H.new_empty(gate_up_R2H.shape[0], gate_up_R2H.shape[1] // 2)
+    for rows in gate_up_blocks(gate_up_R2H):
+        gate_RH, up_RH, _ = _clamped(gate_up_R2H[rows], limit)
+        product = torch.mul(up_RH + 1, torch.sigmoid(alpha * gate_RH).mul_(gate_RH), out=h_RH[rows])
+        if weights_R is not None:
+            product.mul_(weights_R[rows].to(product.dtype)[:, None])
+    return h_RH
 
 
 def _clamped(gate_up_R2H: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titanmoe.ops.partial_backward import wants_gradient
+
 _ALIGNMENT_BYTES = 16
 """What `F.grouped_mm` asks of every row stride (torch 2.11 to 2.13)."""
 
@@ -45,7 +47,7 @@ def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor) -> Tensor:
         y_RN. Differentiable; a gradient is computed only for the operands that require one, so a frozen weight costs
         no weight gradient.
     """
-    return _GroupedProduct.apply(x_RK, w_ENK, offsets_E)
+    return _GroupedProduct.apply(x_RK, w_ENK.view_as(w_ENK), offsets_E)  # see `wants_gradient`
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -59,8 +61,11 @@ class _GroupedProduct(torch.autograd.Function):
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_RK, w_ENK, offsets_E = ctx.saved_tensors
         dy_RN = dy_RN.contiguous()
-        dx_RK = None if w_ENK is None else _rows_times_weights(dy_RN, w_ENK, offsets_E, transpose=False)
-        dw_ENK = None if x_RK is None else _rows_times_rows(dy_RN, x_RK, offsets_E)
+        dx_RK = dw_ENK = None
+        if w_ENK is not None and wants_gradient(ctx, 0):
+            dx_RK = _rows_times_weights(dy_RN, w_ENK, offsets_E, transpose=False)
+        if x_RK is not None and wants_gradient(ctx, 1):
+            dw_ENK = _rows_times_rows(dy_RN, x_RK, offsets_E)
         return dx_RK, dw_ENK, None
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from titanmoe.ops.collectives import all_gather
+from titanmoe.ops.partial_backward import wants_gradient
 
 # A chunk's logits, in the dtype of the product. The weight is read, and its gradient read and written, once per chunk:
 # measured, two hundred rows hide that on a CPU; calculated from its FLOPs and bandwidth, an H100 wants a thousand.
@@ -82,6 +83,7 @@ def linear_cross_entropy(
     # A Function sees requires_grad of its inputs even under no_grad, so the mode is asked here.
     wanted = torch.is_grad_enabled()
     want_hidden, want_weight = wanted and hidden_TD.requires_grad, wanted and weight_VD.requires_grad
+    weight_VD = weight_VD.view_as(weight_VD)  # see `wants_gradient`
     loss: Tensor = _LinearCrossEntropy.apply(
         hidden_TD, weight_VD, labels_T, ignored_T, rows, want_hidden, want_weight, words
     )
@@ -129,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
-        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        ctx.wanted, ctx.grads = (want_hidden, want_weight), [grad_hidden_TD, grad_weight_VD]
         if ignored_T is not None:
             loss_T.masked_fill_(ignored_T, 0)
         return loss_T.sum() if words is None else loss_T.sum() / words.size()
@@ -137,9 +139,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, since the gradients may be as large as all that is left of the memory. A second backward through
-        # the same graph is refused by autograd: the saved tensors have changed.
-        scaled = [None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
+        # In place, since the gradients may be as large as all that is left of the memory; so each is given out once,
+        # be it in one backward pass or, as schedules of pipelines have it, in two.
+        scaled: list[Tensor | None] = [None, None]
+        for index, was_wanted in enumerate(ctx.wanted):
+            if was_wanted and wants_gradient(ctx, index):
+                if ctx.grads[index] is None:
+                    raise RuntimeError("a second backward pass through linear_cross_entropy: its gradients are gone")
+                scaled[index], ctx.grads[index] = ctx.grads[index].mul_(grad_loss), None
         return (*scaled, None, None, None, None, None, None)
 
 

@@ -27,53 +27,100 @@ class Permutation:
 
     slot_R: Tensor
     """int64: the slot in each row; 0 in padding."""
+    token_R: Tensor
+    """int64: the token in each row."""
     row_TK: Tensor
     """int64, the inverse: the row in which slot (t, k) lies."""
     offsets_E: Tensor
     """int32: the end of each expert's rows, padding included."""
     padding_P: Tensor | None = None
     """int64: the rows that are padding, if there may be any."""
-
-    @property
-    def token_R(self) -> Tensor:
-        return self.slot_R // self.row_TK.shape[1]
+    is_identity: bool = False
+    """Every slot is where it was, so that nothing need be moved. With K = 1 and no padding."""
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int, align: int = 1) -> Permutation:
     """Order the slots of `experts_TK` (int64) by expert.
 
     Args:
+        num_experts: fewer than 2 ** 15.
         align: pad each expert's rows to a multiple of this. With 1 nothing waits for the device.
     """
-    device = experts_TK.device
-    sorted_S, slot_S = torch.sort(experts_TK.reshape(-1), stable=True)
+    device, top_k = experts_TK.device, experts_TK.shape[1]
+    # Narrow keys: a radix sort takes a pass, or less, for each of their bytes.
+    sorted_S, slot_S = torch.sort(experts_TK.reshape(-1).to(torch.int16), stable=True)
     row_S = torch.arange(slot_S.shape[0], device=device)
-    ends_E = torch.searchsorted(sorted_S, torch.arange(num_experts, device=device), right=True)
+    experts_E = torch.arange(num_experts, dtype=torch.int16, device=device)
+    ends_E = torch.searchsorted(sorted_S, experts_E, right=True, out_int32=True)
     slot_R, padding_P = slot_S, None
     if align > 1:
-        padding_E = -torch.diff(ends_E, prepend=ends_E.new_zeros(1)) % align
-        shift_E = padding_E.cumsum(0)
-        row_S, ends_E = row_S + (shift_E - padding_E)[sorted_S], ends_E + shift_E
-        num_rows = int(ends_E[-1])
-        slot_R = torch.zeros(num_rows, dtype=torch.int64, device=device).index_copy_(0, row_S, slot_S)
-        is_padding_R = torch.ones(num_rows, dtype=torch.bool, device=device).index_fill_(0, row_S, False)
-        padding_P = is_padding_R.nonzero()[:, 0]
-    row_TK = torch.empty_like(slot_S).index_copy_(0, slot_S, row_S).view_as(experts_TK)
-    return Permutation(slot_R, row_TK, ends_E.int(), padding_P)
+        shift_E, ends_E = _padded(ends_E, align)
+        row_S = row_S + shift_E.index_select(0, sorted_S.int())
+        slot_R, padding_P = _slots(row_S, slot_S, int(ends_E[-1]))
+    row_TK = torch.empty_like(slot_S).scatter_(0, slot_S, row_S).view_as(experts_TK)
+    return Permutation(slot_R, slot_R if top_k == 1 else slot_R // top_k, row_TK, ends_E, padding_P)
+
+
+def regroup_by_expert(num_rows_GE: Tensor, num_rows: int, align: int = 1) -> Permutation:
+    """Order the rows of several groups, each of which is sorted by expert, by expert. Each row is a token of its own.
+
+    The same as `sort_by_expert`, from the numbers of rows alone.
+
+    Args:
+        num_rows_GE: int64, how many rows of each group are for each expert.
+        num_rows: their sum, known on the host.
+        align: as in `sort_by_expert`.
+    """
+    num_groups, num_experts = num_rows_GE.shape
+    is_identity = num_experts == 1 and align == 1
+    ends_EG = num_rows_GE.t().reshape(-1).cumsum(0).view(num_experts, num_groups)
+    # A block moves from where it ends among the groups to where it ends among the experts.
+    shift_GE = ends_EG.t() - num_rows_GE.view(-1).cumsum(0).view_as(num_rows_GE)
+    ends_E = ends_EG[:, -1].int()
+    if align > 1:
+        shift_E, ends_E = _padded(ends_E, align)
+        shift_GE = shift_GE + shift_E
+    slot_S = torch.arange(num_rows, device=num_rows_GE.device)
+    row_S = slot_S + shift_GE.reshape(-1).repeat_interleave(num_rows_GE.view(-1), output_size=num_rows)
+    if align > 1:
+        slot_R, padding_P = _slots(row_S, slot_S, int(ends_E[-1]))
+    else:
+        slot_R, padding_P = torch.empty_like(row_S).scatter_(0, row_S, slot_S), None
+    return Permutation(slot_R, slot_R, row_S[:, None], ends_E, padding_P, is_identity)
+
+
+def _padded(ends_E: Tensor, align: int) -> tuple[Tensor, Tensor]:
+    """How far padding moves each expert's rows, and where it ends."""
+    padding_E = -torch.diff(ends_E, prepend=ends_E.new_zeros(1)) % align
+    shift_E = padding_E.cumsum(0, dtype=torch.int32)
+    return shift_E - padding_E, ends_E + shift_E
+
+
+def _slots(row_S: Tensor, slot_S: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """`slot_R` and `padding_P`, where slot `slot_S[s]` lies in row `row_S[s]`."""
+    slot_R = slot_S.new_full((num_rows,), -1).scatter_(0, row_S, slot_S)
+    padding_P = (slot_R < 0).nonzero()[:, 0]
+    return slot_R.index_fill_(0, padding_P, 0), padding_P
 
 
 def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """x_RD: a copy of its token for every routed row. Bytes: T D read, R D written."""
+    if permutation.is_identity:
+        return x_TD
     return _Permute.apply(x_TD, permutation.token_R, permutation.row_TK)
 
 
 def combine(y_RD: Tensor, permutation: Permutation) -> Tensor:
     """y_TD: the sum of every token's K rows. Bytes: R D read, T D written."""
+    if permutation.is_identity:
+        return y_RD
     return _Combine.apply(y_RD, permutation.token_R, permutation.row_TK, permutation.padding_P)
 
 
 def permute_weights(weights_TK: Tensor, permutation: Permutation) -> Tensor:
     """weights_R: each slot's weight beside its row."""
+    if permutation.is_identity:
+        return weights_TK[:, 0]
     return _PermuteWeights.apply(weights_TK, permutation.slot_R, permutation.row_TK)
 
 
@@ -118,4 +165,7 @@ class _PermuteWeights(torch.autograd.Function):
 
 def _sum_rows(y_RD: Tensor, row_TK: Tensor) -> Tensor:
     """out[t] = sum over k of y[row[t, k]]: the embedding-bag kernel, which accumulates in float32."""
-    return F.embedding_bag(row_TK, y_RD.contiguous(), mode="sum")
+    if row_TK.shape[1] == 1:
+        return y_RD.index_select(0, row_TK[:, 0])
+    # Detached, or the kernel also notes what only its own backward wants.
+    return F.embedding_bag(row_TK, y_RD.detach().contiguous(), mode="sum")

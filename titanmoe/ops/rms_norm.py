@@ -20,7 +20,11 @@ def rms_norm(x: Tensor, weight_N: Tensor, eps: float) -> Tensor:
     Keeps x and one float32 per row for backward. Bytes: 2 R N forward, 3 R N backward.
     """
     if not works_in_blocks(x):
-        return F.rms_norm(x, weight_N.shape, weight_N, eps)
+        y = F.rms_norm(x, weight_N.shape, weight_N, eps)
+        if not torch.compiler.is_compiling() and y.grad_fn is not None:
+            # With it and what the node saves, the result can be computed again.
+            y.grad_fn.metadata["eps"] = eps  # type: ignore[index]
+        return y
     return _RMSNorm.apply(x, weight_N, eps)
 
 
@@ -37,6 +41,7 @@ class _RMSNorm(torch.autograd.Function):
             inverse_R1[rows] = inverse.add_(eps).rsqrt_()
             y_RN[rows] = (block * inverse).mul_(weight)
         ctx.save_for_backward(x_RN, weight_N, inverse_R1)
+        ctx.recompute = _scaled  # from what is saved, so that the products after it need not keep the result
         return y_RN.view(x.shape)
 
     @staticmethod
@@ -56,3 +61,11 @@ class _RMSNorm(torch.autograd.Function):
             dx_RN[rows] = dnormal.sub_(normal.mul_(along)).mul_(inverse)
         dweight = dweight_N.to(weight_N.dtype) if ctx.needs_input_grad[1] else None
         return dx_RN.view(dy.shape), dweight, None
+
+
+def _scaled(x_RN: Tensor, weight_N: Tensor, inverse_R1: Tensor) -> Tensor:
+    y_RN = torch.empty_like(x_RN)
+    weight = weight_N.float()
+    for rows in row_blocks(x_RN):
+        y_RN[rows] = (x_RN[rows].float() * inverse_R1[rows]).mul_(weight)
+    return y_RN

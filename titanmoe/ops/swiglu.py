@@ -33,13 +33,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up_R2H: Tensor, weights_R: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate_up_R2H, weights_R)
-        h_RH = gate_up_R2H.new_empty(gate_up_R2H.shape[0], gate_up_R2H.shape[1] // 2)
-        for rows in gate_up_blocks(gate_up_R2H):
-            gate_RH, up_RH = gate_up_R2H[rows].chunk(2, dim=-1)
-            product = torch.mul(F.silu(gate_RH), up_RH, out=h_RH[rows])
-            if weights_R is not None:
-                product.mul_(weights_R[rows].to(product.dtype)[:, None])
-        return h_RH
+        ctx.recompute = _activated  # from what is saved, so that the product after it need not keep the result
+        return _activated(gate_up_R2H, weights_R)
 
     @staticmethod
     def backward(ctx: Any, dh_RH: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -57,6 +52,16 @@ class _SwiGLU(torch.autograd.Function):
             torch.mul(dh, silu_RH, out=dup_RH)
             torch.ops.aten.silu_backward.grad_input(dh * up_RH, gate_RH, grad_input=dgate_RH)
         return dgate_up_R2H, dweights_R
+
+
+def _activated(gate_up_R2H: Tensor, weights_R: Tensor | None) -> Tensor:
+    h_RH = gate_up_R2H.new_empty(gate_up_R2H.shape[0], gate_up_R2H.shape[1] // 2)
+    for rows in gate_up_blocks(gate_up_R2H):
+        gate_RH, up_RH = gate_up_R2H[rows].chunk(2, dim=-1)
+        product = torch.mul(F.silu(gate_RH), up_RH, out=h_RH[rows])
+        if weights_R is not None:
+            product.mul_(weights_R[rows].to(product.dtype)[:, None])
+    return h_RH
 
 
 def gate_up_blocks(gate_up_R2H: Tensor) -> list[slice]:

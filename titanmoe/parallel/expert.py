@@ -24,8 +24,9 @@ from torch.distributed.tensor import Replicate, Shard
 
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.moe.dispatcher import Dispatcher, Routed
+from titanmoe.models.moe.layer import MoELayer
 from titanmoe.ops.collectives import all_gather, reduce_scatter
-from titanmoe.ops.permute import Permutation, combine, permute, permute_weights, sort_by_expert
+from titanmoe.ops.permute import Permutation, combine, permute, permute_weights, regroup_by_expert, sort_by_expert
 from titanmoe.parallel.mesh import EXPERT, EXPERT_TENSOR
 from titanmoe.parallel.tensor import split_parameter
 
@@ -54,6 +55,14 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
             group = mesh.get_group(EXPERT_TENSOR)
             layer.dispatcher = _SharingDispatcher(layer.dispatcher, group)
             layer.experts.num_addends = group.size()
+
+
+def exchanging_dispatcher(layer: MoELayer) -> AllToAllDispatcher | None:
+    """What exchanges the rows of a layer, if its experts are on several ranks."""
+    dispatcher = layer.dispatcher
+    if isinstance(dispatcher, _SharingDispatcher):
+        dispatcher = dispatcher.inner
+    return dispatcher if isinstance(dispatcher, AllToAllDispatcher) else None
 
 
 @dataclass(frozen=True)
@@ -86,25 +95,25 @@ class AllToAllDispatcher:
         self.group = group
 
     def send(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> _Sent:
-        num_ranks = self.group.size()
         sent = sort_by_expert(experts_TK, self.num_experts)
-        num_sent_GL = sent.offsets_E.long().diff(prepend=sent.offsets_E.new_zeros(1)).view(num_ranks, -1)
-        num_arrived_GL = torch.empty_like(num_sent_GL)
-        dist.all_to_all_single(num_arrived_GL, num_sent_GL, group=self.group)
-        sent_G, arrived_G = torch.stack([num_sent_GL.sum(1), num_arrived_GL.sum(1)]).tolist()
+        num_sent_E = sent.offsets_E.long()
+        num_sent_E[1:] -= sent.offsets_E[:-1]
+        num_arrived_GL, sent_G, arrived_G = self.exchange_numbers(num_sent_E.view(self.group.size(), -1))
         x_AD = _exchange(permute(x_TD, sent), arrived_G, sent_G, self.group)
         weights_A = _exchange(permute_weights(weights_TK, sent), arrived_G, sent_G, self.group)
         return _Sent(x_AD, weights_A, num_arrived_GL, sent, sent_G, arrived_G)
 
+    def exchange_numbers(self, num_sent_GL: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """How many rows arrive from where for which expert, and the rows to and from each rank. Makes the host wait."""
+        num_arrived_GL = torch.empty_like(num_sent_GL)
+        dist.all_to_all_single(num_arrived_GL, num_sent_GL, group=self.group)
+        sent_G, arrived_G = torch.stack([num_sent_GL, num_arrived_GL]).sum(2).tolist()
+        return num_arrived_GL, sent_G, arrived_G
+
     def receive(self, sent: _Sent, align: int) -> Routed:
         """Waits for the rows; each expert's are padded here, where they arrive."""
-        num_ranks, num_local = sent.num_arrived_GL.shape
         # What arrives is ordered by where it came from, then by expert.
-        experts_GL = torch.arange(num_local, device=sent.num_arrived_GL.device).expand(num_ranks, num_local)
-        experts_A = torch.repeat_interleave(
-            experts_GL.reshape(-1), sent.num_arrived_GL.reshape(-1), output_size=sum(sent.num_arrived_G)
-        )
-        arrived = sort_by_expert(experts_A[:, None], num_local, align)
+        arrived = regroup_by_expert(sent.num_arrived_GL, sum(sent.num_arrived_G), align)
         journey = _Journey(sent.sent, sent.num_sent_G, sent.num_arrived_G, arrived)
         x_RD, weights_R = permute(sent.x_AD, arrived), permute_weights(sent.weights_A[:, None], arrived)
         return Routed(x_RD, weights_R, arrived.offsets_E, journey)

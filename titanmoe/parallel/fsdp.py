@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from titanmoe.models.decoder import Decoder
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.mesh import Mesh
+from titanmoe.parallel.shards import shard_dim
 
 Reshard = Literal["default", "always", "never"]
 
@@ -25,18 +25,27 @@ def apply_fsdp(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: Reshard = "default",
+    cpu_offload: bool = False,
 ) -> None:
     """Shard `model` in place; its parameters become DTensors.
 
     Each block is gathered before it runs and freed after it; the last group (norm and output) is kept until backward
     unless `reshard_after_forward` is "always". Parameters are gathered in `param_dtype`; gradients are summed, not
-    averaged, in `reduce_dtype`: the loss is already divided by the tokens of the global batch.
+    averaged, in `reduce_dtype`: the loss is already divided by the tokens of the global batch. With `cpu_offload` the
+    shards and their gradients are in host memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    offload = CPUOffloadPolicy(pin_memory=mesh.fsdp.device_type != "cpu") if cpu_offload else OffloadPolicy()
 
     def shard(modules: nn.Module | list[nn.Module], over: DeviceMesh, *, frees: bool) -> None:
-        evenly = functools.partial(_shard_evenly, over.size(-1))
-        fully_shard(modules, mesh=over, mp_policy=policy, reshard_after_forward=frees, shard_placement_fn=evenly)
+        fully_shard(
+            modules,
+            mesh=over,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=frees,
+            shard_placement_fn=lambda parameter: Shard(shard_dim(local_tensor(parameter).shape, over.size(-1))),
+        )
 
     frees = reshard_after_forward != "never"
     for block in model.blocks():
@@ -47,21 +56,13 @@ def apply_fsdp(
     if not model.spec.tie_embeddings:  # a tied embedding is used at both ends, so it stays in the root's group
         if model.tok_embeddings is not None:
             shard(model.tok_embeddings, mesh.fsdp, frees=frees)
-        if model.output is not None:
+        if model.norm is not None and model.output is not None:
             shard([model.norm, model.output], mesh.fsdp, frees=reshard_after_forward == "always")
     shard(model, mesh.fsdp, frees=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-
-
-def _shard_evenly(num_ranks: int, parameter: nn.Parameter) -> Shard:
-    """Along the first dim; but experts that cannot be dealt evenly along the model dim."""
-    shape = local_tensor(parameter).shape
-    model_dim = {4: 3, 3: 1}.get(len(shape), 0)  # gate_up (E, 2, H, D), down (E, D, H)
-    is_even = shape[0] % num_ranks == 0 or shape[model_dim] % num_ranks
-    return Shard(0 if is_even else model_dim)
 
 
 def set_gradient_sync(model: Decoder, enabled: bool) -> None:

@@ -1,4 +1,4 @@
-"""How the C library hands out memory, for runs on the CPU."""
+"""Host memory: how the C library hands it out, and what is in it while the model runs on a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ctypes
 import logging
 import sys
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 logger = logging.getLogger("titanmoe")
 
@@ -46,3 +47,10 @@ def prefer_huge_pages(tensor: Tensor) -> None:
     if sys.platform == "linux" and tensor.device.type == "cpu" and num_bytes >= _HUGE_PAGE_BYTES:
         whole_pages = num_bytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(whole_pages), _MADV_HUGEPAGE)
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers where the model runs; its parameters stay where they are kept."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))

@@ -1,11 +1,13 @@
-"""From a meta model to one that runs on a mesh, in the order that composes: recomputation, compilation, sequences,
-experts, heads and hidden units, shards."""
+"""From a meta model to one that runs on a mesh, in the order that composes: sequences, experts, heads and
+hidden units, compilation, recomputation, shards."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from titanmoe.models.decoder import Decoder
+from titanmoe.models.decoder import Decoder, Part
 from titanmoe.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
 from titanmoe.parallel.context import apply_context_parallel, share_sequence_statistics
 from titanmoe.parallel.expert import apply_expert_parallel
@@ -26,23 +28,21 @@ def parallelize(
     checkpoint_option: str = "op",
     checkpoint_early_stop: bool = True,
     preserve_rng_state: bool = True,
+    determinism_check: str = "default",
+    recomputed_products: Sequence[str] = (),
+    memory_budget: float = 1.0,
     compile_backend: str | None = None,
-) -> None:
+    cpu_offload: bool = False,
+    parts: Sequence[Part] = (),
+) -> list[Decoder]:
     """Apply everything in place. The model's parameters are still on the meta device afterwards.
 
     A single process needs no sharding, and gets none, unless its parameters are computed with in another dtype, or
-    several microbatches (`accumulates`) are to be summed in another one.
+    several microbatches (`accumulates`) are to be summed in another one, or its parameters are in host memory.
+
+    Returns:
+        What is to be called: the model; or a model for each of its `parts`, which are stages of a pipeline.
     """
-    apply_activation_checkpoint(
-        model,
-        mode=checkpoint_mode,
-        option=checkpoint_option,
-        preserve_rng_state=preserve_rng_state,
-        early_stop=checkpoint_early_stop,
-    )
-    if compile_backend is not None:
-        for block in model.layers.values():
-            block.compile(backend=compile_backend)
     if mesh.degrees.cp > 1:
         apply_context_parallel(model, mesh.context)
     if mesh.degrees.cp * mesh.degrees.tp > 1:
@@ -51,13 +51,33 @@ def parallelize(
         apply_expert_parallel(model, mesh.expert)
     if mesh.degrees.tp > 1:
         apply_tensor_parallel(model, mesh.tensor)
+    models = [model.view(part) for part in parts] or [model]
+    if compile_backend is not None:
+        for block in model.blocks():
+            block.forward = torch.compile(block.forward, backend=compile_backend)  # type: ignore[method-assign]
+    apply_activation_checkpoint(
+        model,
+        mode=checkpoint_mode,
+        option=checkpoint_option,
+        preserve_rng_state=preserve_rng_state,
+        early_stop=checkpoint_early_stop,
+        determinism_check=determinism_check,
+        recomputed_products=recomputed_products,
+        memory_budget=memory_budget,
+        is_compiled=compile_backend is not None,
+    )
     stored_dtype = next(model.parameters()).dtype
     sums_differently = accumulates and reduce_dtype != stored_dtype
-    if mesh.num_ranks > 1 or stored_dtype != param_dtype or sums_differently:
-        apply_fsdp(
-            model,
-            mesh,
-            param_dtype=param_dtype,
-            reduce_dtype=reduce_dtype,
-            reshard_after_forward=reshard_after_forward,
-        )
+    if mesh.num_ranks > 1 or stored_dtype != param_dtype or sums_differently or cpu_offload:
+        if parts and reshard_after_forward == "default":
+            reshard_after_forward = "never"  # or every microbatch would gather all parameters
+        for called in models:
+            apply_fsdp(
+                called,
+                mesh,
+                param_dtype=param_dtype,
+                reduce_dtype=reduce_dtype,
+                reshard_after_forward=reshard_after_forward,
+                cpu_offload=cpu_offload,
+            )
+    return models

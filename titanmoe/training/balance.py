@@ -3,7 +3,7 @@
 A router that chooses by score + bias is steered by its bias: after each update, experts that got fewer tokens than
 the mean are raised by a fixed rate and the others lowered.
 
-Shapes: L layers with experts, E experts.
+Shapes: L layers with experts, of the whole model; E experts.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titanmoe.models.decoder import Decoder
+from titanmoe.models.spec import MoE
 
 
 class ExpertBalance:
     """The tokens of every expert, step by step: moves the selection biases and remembers what the metrics want.
 
     Args:
+        model: may be a part of one, as in a pipeline, even without experts where other parts have some.
         rate: see `update_selection_bias`; 0 leaves the biases alone.
+        device: where the model runs.
     """
 
-    def __init__(self, model: Decoder, rate: float) -> None:
-        self._model, self._rate = model, rate
+    def __init__(self, model: Decoder, rate: float, device: torch.device | str = "cpu") -> None:
+        self._model, self._rate, self._device = model, rate, device
         self._window_LE: Tensor | None = None  # since the last logged step, on this rank
 
     def step(self, is_logged: bool) -> tuple[Tensor, Tensor] | None:
@@ -35,7 +38,7 @@ class ExpertBalance:
             For a logged step, (L, E) counts over all ranks: of this step, and of all steps since the last logged one.
             None otherwise, and for a model without experts.
         """
-        counts_LE = collect_expert_counts(self._model)
+        counts_LE = collect_expert_counts(self._model, self._device)
         if counts_LE is None:
             return None
         self._window_LE = counts_LE if self._window_LE is None else self._window_LE + counts_LE
@@ -51,21 +54,29 @@ class ExpertBalance:
 
 
 @torch.no_grad()
-def collect_expert_counts(model: Decoder) -> Tensor | None:
+def collect_expert_counts(model: Decoder, device: torch.device | str = "cpu") -> Tensor | None:
     """Tokens that each expert got on this rank since the last call; the routers' counters are zeroed.
 
     Returns:
-        (L, E) int64 in the order of `model.moe_layers()`, on the model's device: one tensor, so that one all-reduce
-        sums all layers over the data ranks. None for a model without experts.
+        (L, E) int64 on `device`: one tensor, so that one all-reduce sums all layers over all ranks. Rows of layers that
+        are not in this part of the model are zero. None for a model without experts.
     """
-    counters = [layer.router.num_tokens_per_expert_E for _, layer in model.moe_layers()]
-    if not counters:
+    rows = _rows(model)
+    if not rows:
         return None
-    assert len({counter.shape for counter in counters}) == 1, "all MoE layers must have the same number of experts"
-    counts_LE = torch.stack(counters)
-    for counter in counters:
-        counter.zero_()
+    sizes = {layer.feed_forward.num_experts for layer in model.spec.layers if isinstance(layer.feed_forward, MoE)}
+    assert len(sizes) == 1, "all MoE layers must have the same number of experts"
+    counts_LE = torch.zeros(len(rows), *sizes, dtype=torch.int64, device=device)
+    for index, layer in model.moe_layers():
+        counts_LE[rows[index]] = layer.router.num_tokens_per_expert_E
+        layer.router.num_tokens_per_expert_E.zero_()
     return counts_LE
+
+
+def _rows(model: Decoder) -> dict[str, int]:
+    """The row of every layer with experts."""
+    layers = [str(index) for index, layer in enumerate(model.spec.layers) if isinstance(layer.feed_forward, MoE)]
+    return {index: row for row, index in enumerate(layers)}
 
 
 @torch.no_grad()
@@ -76,7 +87,7 @@ def update_selection_bias(model: Decoder, counts_LE: Tensor, rate: float) -> Non
     left alone, and so are layers that saw no token. A rate of 0 changes nothing.
 
     Args:
-        counts_LE: `collect_expert_counts` summed over the data ranks; equal on all ranks, so the biases stay equal.
+        counts_LE: `collect_expert_counts` summed over all ranks; equal on all of them, so the biases stay equal.
         rate: step of the bias, in units of the router's score; the paper uses 0.001.
     """
     if rate == 0:
@@ -84,6 +95,7 @@ def update_selection_bias(model: Decoder, counts_LE: Tensor, rate: float) -> Non
     counts_LE = counts_LE.double()
     delta_LE = rate * torch.sign(counts_LE.mean(1, keepdim=True) - counts_LE)
     delta_LE = (delta_LE - delta_LE.mean(1, keepdim=True)).float()
-    for (_, layer), delta_E in zip(model.moe_layers(), delta_LE, strict=True):
+    rows = _rows(model)
+    for index, layer in model.moe_layers():
         if layer.router.expert_bias is not None:
-            layer.router.expert_bias += delta_E
+            layer.router.expert_bias += delta_LE[rows[index]]

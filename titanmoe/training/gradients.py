@@ -20,24 +20,29 @@ _CPU_BLOCK = 1 << 18
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, pipeline: dist.ProcessGroup | None = None
+) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most `max_norm`; return the norm before that.
 
     The global gradient is that of one process: shards count once each, replicas (HSDP) once altogether. Squares are
     added in float32 or wider, whatever the gradients' dtype; on a CPU in float64, so that every layout rounds to the
     same norm and does not drift from one process by way of the clipping. Parameters without a gradient are allowed, but
-    every rank must pass the same parameters in the same order, since each mesh takes part in its own all-reduce.
+    every rank must pass the same parameters in the same order, since each mesh takes part in its own all-reduce; only
+    the ranks of a pipeline have different ones.
     Nothing waits for the device. A non-finite norm makes the gradients non-finite, so look at it before the update.
 
     Args:
         parameters: plain or DTensor parameters, on one device type and any meshes.
         max_norm: the bound; 0, a negative number or infinity only measures.
+        pipeline: the ranks that have the other parameters of the model.
 
     Returns:
         The norm, a float32 scalar on the parameters' device, equal on all ranks.
     """
     parameters = list(parameters)
     if not parameters:
+        assert pipeline is None, "every stage has parameters"
         return torch.zeros(())
     device = parameters[0].device
     # By what the squares must be summed over: the mesh, and its dims over which the parameter is sharded.
@@ -53,6 +58,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
             assert mesh is not None
             dist.all_reduce(square, group=mesh.get_group(dim))
         total += square
+    if pipeline is not None:
+        dist.all_reduce(total, group=pipeline)
     norm = total.sqrt().float()
 
     if 0 < max_norm < float("inf"):

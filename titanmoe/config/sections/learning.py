@@ -77,8 +77,9 @@ class Training:
     epochs: float | None = key(None, more_than=0)
     """Number of passes over the data, instead of `training.steps`; may be a fraction."""
 
-    enable_cpu_offload: bool = key(False, later="keeping parameters and optimizer state in host memory")
-    """Keep parameters, gradients and optimizer state in host memory."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory, and update parameters there. A layer's parameters
+    are on the device while it runs."""
 
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Format in which parameters are stored and updated. With `float32` and a lower `mixed_precision_param`,

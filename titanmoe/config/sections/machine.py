@@ -8,9 +8,8 @@ from typing import Literal
 from titanmoe.config.keys import key
 
 _FUSED = "the loss is computed with the output projection, so whole logits never exist"
-_NO_PIPELINE = "parallelism.pipeline_parallel_degree is 1"
+_ONE_AT_A_TIME = "a rank computes one microbatch at a time"
 _BALANCED = "ranks exchange tokens for heads, which gives all the same work"
-_NO_BUDGET = 'activation_checkpoint.mode is not "memory_budget"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,31 +38,34 @@ class Parallelism:
     enable_async_tensor_parallel: bool = key(False, later="overlapping tensor parallelism with its products")
     """Overlap the communication of tensor parallelism with its products."""
 
-    pipeline_parallel_degree: int = key(1, at_least=1, later="pipeline parallelism")
-    """Ranks over which the layers are dealt."""
+    pipeline_parallel_degree: int = key(1, at_least=1)
+    """Ranks over which the layers are dealt, in stages that a microbatch goes through one after another."""
 
-    module_fqns_per_model_part: tuple[tuple[str, ...], ...] | None = key(None, inert=_NO_PIPELINE)
-    """Names of the modules in each pipeline stage."""
+    module_fqns_per_model_part: tuple[tuple[str, ...], ...] | None = None
+    """Names of the modules in each pipeline stage: `tok_embeddings`, `layers.0`, ..., `norm`, `output`. Without it,
+    stages are balanced by counted FLOPs, unless one of the next three keys is changed."""
 
-    pipeline_parallel_first_stage_less_layers: int = key(1, at_least=0, inert=_NO_PIPELINE)
+    pipeline_parallel_first_stage_less_layers: int = key(1, at_least=0)
     """Layers that the first stage has fewer, as it also has the embedding."""
 
-    pipeline_parallel_last_stage_less_layers: int = key(1, at_least=0, inert=_NO_PIPELINE)
+    pipeline_parallel_last_stage_less_layers: int = key(1, at_least=0)
     """Layers that the last stage has fewer, as it also has the output projection."""
 
-    pipeline_parallel_layers_per_stage: int | None = key(None, at_least=1, inert=_NO_PIPELINE)
-    """Layers per pipeline stage."""
+    pipeline_parallel_layers_per_stage: int | None = key(None, at_least=1)
+    """Layers per pipeline stage. The number of stages must fit the schedule."""
 
-    pipeline_parallel_schedule: str = key("1F1B", inert=_NO_PIPELINE)
-    """Order in which microbatches pass through the stages."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """Order in which microbatches pass through the stages: `GPipe` or `1F1B`, with a stage per rank; `LoopedBFS`,
+    `Interleaved1F1B` or `InterleavedZeroBubble`, with two or more; `ZBVZeroBubble` or `DualPipeV`, with two."""
 
-    pipeline_parallel_schedule_csv: str | None = key("", inert=_NO_PIPELINE)
-    """File with a schedule of the user's own."""
+    pipeline_parallel_schedule_csv: str | None = ""
+    """File with a schedule of the user's own: a row for each rank, with cells such as 3F0, the forward pass of
+    microbatch 0 through stage 3 (B: backward, I and W: backward for inputs and for weights)."""
 
-    pipeline_parallel_microbatch_size: int = key(1, at_least=1, inert=_NO_PIPELINE)
-    """Sequences per microbatch."""
+    pipeline_parallel_microbatch_size: int = key(1, at_least=1)
+    """Sequences per microbatch of a pipeline. It must divide `training.local_batch_size`."""
 
-    pipeline_parallel_expert_parallel_overlap: bool = key(True, inert=_NO_PIPELINE)
+    pipeline_parallel_expert_parallel_overlap: bool = key(True, inert=_ONE_AT_A_TIME)
     """Overlap the expert communication of one microbatch with the computation of another (DualPipeV)."""
 
     context_parallel_degree: int = key(1, at_least=1)
@@ -91,31 +93,31 @@ class Parallelism:
 class ActivationCheckpoint:
     """Which activations are computed again in the backward pass instead of being kept. Expert choices never are."""
 
-    mode: Literal["none", "selective", "full"] = key("selective", later_values=("memory_budget",))
-    """`none` keeps everything, `full` keeps only the input of each layer, `selective` lies between."""
+    mode: Literal["none", "selective", "full", "moe", "memory_budget"] = "selective"
+    """`none` keeps everything, `full` only the input of each layer, `moe` everything but the results of norms and
+    activation functions. `selective` follows `selective_ac_option`. `memory_budget` leaves it to torch.compile."""
 
     selective_ac_option: str = "2"
     """With `selective`: `op` recomputes cheap operations and keeps the results of costly ones; a whole number n
     recomputes every n-th layer."""
 
-    per_op_sac_force_recompute_mm_shapes_by_fqns: tuple[str, ...] = key(
-        ("moe.router.gate",), inert='the operations kept by selective_ac_option = "op" are fixed'
-    )
-    """Modules whose products are recomputed, and all products of the same shapes."""
+    per_op_sac_force_recompute_mm_shapes_by_fqns: tuple[str, ...] = ("moe.router.gate",)
+    """With `op`: ends of the paths of linear modules whose products are recomputed all the same, as are all products
+    with a weight of the same shape."""
 
     early_stop: bool = False
     """Stop recomputing a layer once all that its backward pass needs is there."""
 
-    memory_budget: float = key(0.5, at_least=0, at_most=1, inert=_NO_BUDGET)
-    """With `memory_budget`: 0 keeps as little as `full`, 1 as much as the compiler would."""
+    memory_budget: float = key(0.5, at_least=0, at_most=1)
+    """With `memory_budget`: 0 keeps only the inputs of each compiled graph, 1 as much as the compiler would."""
 
-    visualize_memory_budget_pareto: bool = key(False, inert=_NO_BUDGET)
+    visualize_memory_budget_pareto: bool = key(False, inert="no picture is drawn")
     """With `memory_budget`: draw memory against run time."""
 
     preserve_rng_state: bool = True
     """Restore the random state for recomputation."""
 
-    determinism_check: str = key("default", later="choosing the check of recomputed tensors")
+    determinism_check: Literal["default", "none"] = "default"
     """How recomputed tensors are compared with the first ones: `default` compares shapes, types and devices."""
 
     debug: bool = key(False, later="tracing recomputation")
@@ -127,7 +129,7 @@ class Compile:
     """torch.compile."""
 
     enable: bool = False
-    """Compile each layer once; equal layers share the result."""
+    """Compile each kind of layer once; equal layers share the result."""
 
     components: tuple[Literal["model", "loss"], ...] = ("model", "loss")
     """What is compiled."""

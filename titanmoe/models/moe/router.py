@@ -62,7 +62,7 @@ class Router(nn.Module):
         bias_E = None if self.gate.bias is None else local_tensor(self.gate.bias).float()
         logits_TE = F.linear(x_BSD.flatten(0, 1).float(), local_tensor(self.gate.weight).float(), bias_E)
         scores_TE = logits_TE.softmax(dim=-1) if router.score == "softmax" else logits_TE.sigmoid()
-        experts_TK = self._choose(scores_TE.detach())
+        experts_TK = self.choose(scores_TE.detach())
         weights_TK = scores_TE.gather(1, experts_TK)
         if router.normalize:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
@@ -77,7 +77,8 @@ class Router(nn.Module):
         return weights_TK, experts_TK
 
     @torch.no_grad()
-    def _choose(self, scores_TE: Tensor) -> Tensor:
+    def choose(self, scores_TE: Tensor) -> Tensor:
+        """experts_TK."""
         num_tokens, num_experts = scores_TE.shape
         if self.force_balance:
             slots = torch.arange(num_tokens * self.spec.top_k, device=scores_TE.device)

@@ -1,0 +1,318 @@
+"""Building a job, in order: processes, data, model, optimizer, checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import torch
+
+from titanmoe.checkpoint.checkpointer import Checkpointer
+from titanmoe.checkpoint.hf_load import load_hf_weights
+from titanmoe.checkpoint.hf_save import check_exportable
+from titanmoe.checkpoint.pretrained import choose_model
+from titanmoe.checkpoint.run_config import log_changes, write_config
+from titanmoe.checkpoint.run_state import RunState
+from titanmoe.config.changes import config_fingerprint
+from titanmoe.config.errors import ConfigError
+from titanmoe.config.job_config import JobConfig
+from titanmoe.config.pipeline import microbatch_size
+from titanmoe.config.sizes import (
+    degrees_of,
+    global_batch_size,
+)
+from titanmoe.config.validate import validate
+from titanmoe.data.loader import DataLoader, merge_states
+from titanmoe.data.packing import Batch
+from titanmoe.data.sources import open_source
+from titanmoe.data.tokenizer import check_vocab, load_tokenizer
+from titanmoe.metrics.progress import progress_bar
+from titanmoe.metrics.terminal import current_terminal
+from titanmoe.models.build import build_model, init_weights, materialize
+from titanmoe.models.decoder import Decoder
+from titanmoe.parallel.host_memory import move_buffers
+from titanmoe.parallel.limits import check_model_can_be_split
+from titanmoe.parallel.mesh import Mesh
+from titanmoe.parallel.parallelize import parallelize
+from titanmoe.parallel.pipeline import Pipeline
+from titanmoe.parallel.ranks import Ranks
+from titanmoe.parallel.stages import plan_stages
+from titanmoe.parallel.world import (
+    close_world,
+    init_world,
+    max_over_ranks,
+    world_size_from_env,
+)
+from titanmoe.training.balance import ExpertBalance
+from titanmoe.training.determinism import set_deterministic, set_seed
+from titanmoe.training.optimizer import build_optimizer
+from titanmoe.training.schedule import LearningRate
+from titanmoe.training.step import PipelinedStep, PlainStep, Step
+from titanmoe.training.stop import StopRequest
+
+logger = logging.getLogger("titanmoe")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PATIENCE = timedelta(hours=1)  # for the others, where one rank may read or write much
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+Closable = TypeVar("Closable", bound=_Closable)
+
+
+class Job:
+    """All that one process of a training job needs to run.
+
+    What can be looked at alone is looked at before the processes meet; then data, model, optimizer and checkpoint are
+    built, in this order. From then on an error on one rank is raised on all of them.
+
+    Args:
+        config: the whole job.
+        stop: what tells the job to stop; one that listens to signals by default.
+
+    Raises:
+        ConfigError: a mistake in the config, the data, the tokenizer or a checkpoint.
+    """
+
+    def __init__(self, config: JobConfig, stop: StopRequest | None = None) -> None:
+        validate(config, world_size_from_env())
+        self.config = config
+        model = config.model
+        self.family, self.spec = choose_model(
+            model.name, model.flavor, model.hf_assets_path, selection_bias=config.moe.bias_update_rate > 0
+        )
+        check_model_can_be_split(self.spec, degrees_of(config, world_size_from_env()))
+        is_pipelined = config.parallelism.pipeline_parallel_degree > 1
+        self.stages = plan_stages(self.spec, config.parallelism, config.training.seq_len) if is_pipelined else None
+        self.tokenizer = load_tokenizer(model.tokenizer_path or model.hf_assets_path)
+        check_vocab(self.tokenizer, self.spec.vocab_size)
+        self.dump_folder = Path(config.job.dump_folder)
+        self._closers: list[Callable[[], None]] = []
+        try:
+            self.stop = stop or self._closing(StopRequest())
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self) -> None:
+        config = self.config
+        self.world = init_world(config.comm.init_timeout_seconds)
+        self._closers.append(close_world)
+        self.ranks = self._closing(Ranks.create(_PATIENCE))
+        self.seed = config.debug.seed or 0
+        set_seed(self.seed + self.world.rank)
+        if config.debug.deterministic:
+            set_deterministic(config.debug.deterministic_warn_only)
+        degrees = degrees_of(config, self.world.size)
+        self.mesh = Mesh.build(self.world.device, degrees)
+        self.global_batch_size = global_batch_size(config, self.world.size)
+        self.lanes_per_rank = self.global_batch_size // degrees.num_data_ranks
+        at_once = microbatch_size(config)
+        self.num_microbatches = self.lanes_per_rank // at_once
+
+        self.loader = self.ranks.on_each(partial(self._build_loader, "train", at_once))
+        self.num_steps = self._count_steps()
+        if config.validation.enable:
+            # Any size that divides the lanes will do: only the sum over all of them is reported.
+            at_once = _largest_divisor(self.lanes_per_rank, config.validation.local_batch_size)
+            self.num_validation_microbatches = self.lanes_per_rank // at_once
+            self.validation_loader = self.ranks.on_each(partial(self._build_loader, "validation", at_once))
+        self.model, self.compute = self._build_model()
+        self.optimizer = build_optimizer(
+            self.model,
+            name=config.optimizer.name,
+            lr=config.optimizer.lr,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            implementation=config.optimizer.implementation,
+        )
+        self.schedule = LearningRate(
+            self.optimizer,
+            warmup_steps=config.lr_scheduler.warmup_steps,
+            total_steps=config.lr_scheduler.total_steps or self.num_steps,
+            decay_ratio=config.lr_scheduler.decay_ratio,
+            decay_type=config.lr_scheduler.decay_type,
+            min_lr_factor=config.lr_scheduler.min_lr_factor,
+        )
+        self.balance = ExpertBalance(self.model, config.moe.bias_update_rate, self.world.device)
+        self.step = self.tokens_seen = 0
+        self.checkpointer = self._build_checkpointer()
+        self._load()
+        self.first_step = self.step + 1
+        self.ranks.on_first(partial(write_config, self.dump_folder, config, config.job.save_config_file))
+
+    def _build_loader(self, split: Literal["train", "validation"], local_batch_size: int) -> DataLoader:
+        """As many lanes for validation as for training, so that neither depends on the number of ranks."""
+        config, is_training = self.config, split == "train"
+        section = config.training if is_training else config.validation
+        source = open_source(section.dataset, section.dataset_path, split, config.data.text_key)
+        first_lane = self.mesh.data_rank * self.lanes_per_rank
+        return self._closing(
+            DataLoader(
+                source,
+                self.tokenizer,
+                seq_len=section.seq_len,
+                lanes=range(first_lane, first_lane + self.lanes_per_rank),
+                num_lanes=self.global_batch_size,
+                local_batch_size=local_batch_size,
+                seed=self.seed,
+                shuffle=config.data.shuffle and is_training,
+                epochs=config.training.epochs if is_training else 1,
+                document_mask=config.data.document_mask,
+                append_eos=config.data.append_eos,
+                part=(self.mesh.context_rank, self.mesh.degrees.cp),
+                prefetch=section.dataloader.num_workers * (section.dataloader.prefetch_factor or 2),
+            )
+        )
+
+    def _count_steps(self) -> int:
+        epochs = self.config.training.epochs
+        if epochs is None:
+            return self.config.training.steps
+        num_steps = max_over_ranks(self.ranks.on_each(self.loader.count_steps))
+        if num_steps == 0:
+            raise ConfigError(
+                f"{epochs:g} epochs of this data are fewer than two tokens",
+                where="training.epochs",
+                mend="Give more epochs or more data.",
+            )
+        logger.info("%g epochs of this data are %d steps", epochs, num_steps)
+        return num_steps
+
+    def _build_model(self) -> tuple[Decoder, Step]:
+        """What this rank has of the model, and what computes with it."""
+        config, stages, rank = self.config, self.stages, self.mesh.pipeline_rank
+        recompute = config.activation_checkpoint
+        dtype, param_dtype = DTYPES[config.training.dtype], DTYPES[config.training.mixed_precision_param]
+        if config.checkpoint.last_save_in_hf:
+            check_exportable(build_model(self.spec, dtype=dtype), self.family, self.spec)
+        model = build_model(self.spec, dtype=dtype, part=None if stages is None else stages.on(rank))
+        parts = parallelize(
+            model,
+            self.mesh,
+            param_dtype=param_dtype,
+            reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+            accumulates=self.num_microbatches > 1,
+            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
+            checkpoint_mode=recompute.mode,
+            checkpoint_option=recompute.selective_ac_option,
+            checkpoint_early_stop=recompute.early_stop,
+            preserve_rng_state=recompute.preserve_rng_state,
+            determinism_check=recompute.determinism_check,
+            recomputed_products=recompute.per_op_sac_force_recompute_mm_shapes_by_fqns,
+            memory_budget=recompute.memory_budget,
+            compile_backend=config.compile.backend
+            if config.compile.enable and "model" in config.compile.components
+            else None,
+            cpu_offload=config.training.enable_cpu_offload,
+            parts=[] if stages is None else [stages.parts[stage] for stage in stages.of(rank)],
+        )
+        materialize(model, "cpu" if config.training.enable_cpu_offload else self.world.device)
+        move_buffers(model, self.world.device)
+        init_weights(model, self.seed)
+        for _, layer in model.moe_layers():
+            layer.router.force_balance = config.debug.moe_force_load_balance
+            layer.router.aux_loss_weight = config.moe.aux_loss_coeff / self.global_batch_size
+        if stages is None:
+            return model, PlainStep(model, self.world.device)
+        for line in stages.describe():
+            self.ranks.log(logging.INFO, line)
+        seq_len, degrees = config.training.seq_len, self.mesh.degrees
+        pipeline: Pipeline[Batch] = Pipeline(
+            parts,
+            stages,
+            self.mesh.pipeline.get_group(),
+            schedule=config.parallelism.pipeline_parallel_schedule,
+            file=config.parallelism.pipeline_parallel_schedule_csv or "",
+            num_microbatches=self.num_microbatches,
+            hidden_shape=(microbatch_size(config), seq_len // (degrees.cp * degrees.tp), self.spec.dim),
+            dtype=param_dtype,
+            device=self.world.device,
+        )
+        return model, PipelinedStep(model, pipeline, self.world.device, num_parts=degrees.tp)
+
+    def _build_checkpointer(self) -> Checkpointer | None:
+        checkpoint = self.config.checkpoint
+        if not checkpoint.enable:
+            return None
+        return self._closing(
+            Checkpointer(
+                self.dump_folder / checkpoint.folder,
+                keep_latest_k=checkpoint.keep_latest_k,
+                async_mode=checkpoint.async_mode,
+                mesh=self.mesh.describe(),
+                config_hash=config_fingerprint(self.config),
+                timeout=_PATIENCE,
+            )
+        )
+
+    def _load(self) -> None:
+        """Resume from the newest checkpoint, or begin with the seed, or with the weights that the config names."""
+        checkpoint = self.config.checkpoint
+        if self.checkpointer is None:
+            return
+        excluded = checkpoint.exclude_from_loading
+        if self.checkpointer.load(self._run_state(), checkpoint.load_step, exclude=excluded) is not None:
+            self.ranks.on_first(partial(log_changes, self.dump_folder, self.config))
+            return
+        path, seed = checkpoint.initial_load_path, self.dump_folder / checkpoint.folder / "step-0"
+        if self.ranks.on_first(seed.is_dir):
+            self.checkpointer.load_model(seed, self.model)
+        elif checkpoint.initial_load_in_hf:
+            folder = path or self.config.model.hf_assets_path
+            assert folder is not None, "validated"
+            terminal = current_terminal()
+            bar = partial(progress_bar(terminal), "read") if self.world.rank == 0 else None
+            try:
+                load_hf_weights(self.model, folder, self.family, on_progress=bar)
+            finally:
+                terminal.clear_bar()
+        elif path is not None and checkpoint.initial_load_model_only:
+            self.checkpointer.load_model(path, self.model)
+        elif path is not None:
+            self.checkpointer.load_from(path, self._run_state(), exclude=excluded)
+
+    def _run_state(self) -> RunState:
+        return RunState(
+            model=self.model,
+            optimizers=[self.optimizer],
+            train_state=self,
+            lr_scheduler=None,  # a function of the step
+            data=self.loader,
+            merge_data=merge_states,
+            seed=self.seed,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step, "tokens_seen": self.tokens_seen}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+
+    def close(self) -> None:
+        """Give everything back, last first; safe at any time and more than once. The process group always goes.
+
+        What fails here is logged: `train()` has waited for everything that was to be kept, or is failing anyway.
+        """
+        while self._closers:
+            try:
+                self._closers.pop()()
+            except Exception as error:
+                logger.error("while closing: %s", error)
+
+    def _closing(self, part: Closable) -> Closable:
+        self._closers.append(part.close)
+        return part
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return next(size for size in range(min(number, at_most), 0, -1) if number % size == 0)
