@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from titanmoe.models.spec import (
     ClampedSwiGLU,
     DecoderSpec,
@@ -32,6 +34,14 @@ _ON_INPUT = MoE(6, 1, 24, Router("sigmoid", normalize=False, weight_on="input"),
 
 def _spec(*layers: LayerSpec) -> DecoderSpec:
     return DecoderSpec(dim=40, vocab_size=100, layers=layers)  # shards of it are uneven
+
+
+def deep(spec: DecoderSpec, num_layers: int, *, dense_first: bool = False) -> DecoderSpec:
+    """The layers of `spec` by turns; or first those without experts, so that there are stages without any."""
+    layers = [spec.layers[index % len(spec.layers)] for index in range(num_layers)]
+    if dense_first:
+        layers.sort(key=lambda layer: isinstance(layer.feed_forward, MoE))
+    return replace(spec, layers=tuple(layers))
 
 
 KINDS = {

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import cycle, product
 
-from tests.models.kinds import KINDS
+from tests.models.kinds import KINDS, deep
 from tests.parallel.layouts import SITUATIONS, Layout, compare, one_process, why_not
 from titanmoe.models.spec import num_experts
 
@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
     num_bad = num_run = 0
     _print(_HEADER)
     for kind in options.kinds or KINDS:
-        spec = KINDS[kind]
+        spec = deep(KINDS[kind], 4)  # a layer for each of four stages
         situations = SITUATIONS if num_experts(spec) else {"all learn": None}
         references = {name: one_process(spec, change) for name, change in situations.items()}
         # Recomputation must not matter; it takes turns, so that each meets many layouts.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.ranks import full_tensor, run_ranks
 from titanmoe.config.errors import ConfigError
+from titanmoe.config.sections.machine import Parallelism
 from titanmoe.config.sizes import Degrees
 from titanmoe.data.packing import Batch
 from titanmoe.models.build import build_model, init_weights, materialize
@@ -21,9 +22,10 @@ from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.limits import check_model_can_be_split
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
-from titanmoe.parallel.tensor import finish_gradients
+from titanmoe.parallel.pipeline import Pipeline
+from titanmoe.parallel.stages import plan_stages
 from titanmoe.training.gradients import clip_gradients
-from titanmoe.training.loss import loss_sum
+from titanmoe.training.step import PipelinedStep, PlainStep
 
 GLOBAL_BATCH, SEQ_LEN, NUM_STEPS = 4, 36, 3
 _LEARNING_RATE = 1.0  # so that each step meets another model: the norm of an update is about 1
@@ -115,6 +117,8 @@ def why_not(spec: DecoderSpec, layout: Layout) -> str:
     """Why a layout is not for a model; "" if it is."""
     try:
         check_model_can_be_split(spec, layout.degrees)
+        if layout.pp > 1:
+            plan_stages(spec, Parallelism(pipeline_parallel_degree=layout.pp), SEQ_LEN)
     except ConfigError as error:
         return error.what
     return ""
@@ -125,38 +129,39 @@ def one_process(spec: DecoderSpec, change: Change | None = None, num_steps: int 
     init_weights(model, seed=3)
     if change is not None:
         change(model)
-    return [_step(model, _batch(step)) for step in range(num_steps)]
-
-
-def on_ranks(
-    spec: DecoderSpec, layout: Layout, change: Change | None = None, num_steps: int = NUM_STEPS
-) -> list[list[Step]]:
-    """What each rank found."""
-    return run_ranks(on_rank, layout.num_ranks, spec, layout, change, num_steps)
+    step = PlainStep(model, torch.device("cpu"))
+    return [_take(model, step, [_batch(index)]) for index in range(num_steps)]
 
 
 def compare(
-    spec: DecoderSpec, layout: Layout, change: Change | None = None, reference: Sequence[Step] | None = None
+    spec: DecoderSpec,
+    layout: Layout,
+    change: Change | None = None,
+    reference: Sequence[Step] | None = None,
+    **section: object,
 ) -> Errors:
-    """The errors of the rank that has the largest."""
+    """The errors of the rank that has the largest.
+
+    Args:
+        section: keys of [parallelism], for a pipeline.
+    """
     reference = reference or one_process(spec, change)
-    errors = [Errors.of(steps, reference) for steps in on_ranks(spec, layout, change, len(reference))]
-    return max(errors, key=lambda each: each.largest)
+    steps_of_ranks = run_ranks(on_rank, layout.num_ranks, spec, layout, change, len(reference), section)
+    return max((Errors.of(steps, reference) for steps in steps_of_ranks), key=lambda each: each.largest)
 
 
-def steps_on_mesh(model: Decoder, mesh: Mesh, num_steps: int = 1) -> list[Step]:
-    """This rank's part of some steps, with whole gradients all the same."""
-    rows = GLOBAL_BATCH // mesh.degrees.num_data_ranks
-    batches = [_batch(step, mesh.data_rank * rows, rows) for step in range(num_steps)]
-    return [_step(model, batch.part(mesh.context_rank, mesh.degrees.cp)) for batch in batches]
-
-
-def on_rank(spec: DecoderSpec, layout: Layout, change: Change | None, num_steps: int) -> list[Step]:
+def on_rank(
+    spec: DecoderSpec, layout: Layout, change: Change | None, num_steps: int, section: Mapping[str, object] = {}
+) -> list[Step]:
+    """What one rank finds, with the whole gradients of all ranks."""
     # full_tensor() of a tensor that is sharded twice along a dim says how it goes about it.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    mesh = Mesh.build(torch.device("cpu"), layout.degrees)
-    model = build_model(spec)
-    parallelize(
+    device = torch.device("cpu")
+    mesh = Mesh.build(device, layout.degrees)
+    options = Parallelism(**{"pipeline_parallel_degree": layout.pp, **section})
+    stages = plan_stages(spec, options, SEQ_LEN) if layout.pp > 1 else None
+    model = build_model(spec, part=stages.on(mesh.pipeline_rank) if stages else None)
+    parts = parallelize(
         model,
         mesh,
         param_dtype=torch.float32,
@@ -164,12 +169,39 @@ def on_rank(spec: DecoderSpec, layout: Layout, change: Change | None, num_steps:
         reshard_after_forward=layout.reshard,
         checkpoint_mode=layout.recompute,
         cpu_offload=layout.offload,
+        parts=[stages.parts[stage] for stage in stages.of(mesh.pipeline_rank)] if stages else [],
     )
-    materialize(model, "cpu")
-    init_weights(model, seed=3)
+    init_weights(materialize(model, "cpu"), seed=3)
     if change is not None:
         change(model)
-    return steps_on_mesh(model, mesh, num_steps)
+    num_rows = GLOBAL_BATCH // layout.num_data_ranks
+    if stages is None:
+        return steps_on_mesh(model, mesh, PlainStep(model, device), num_steps, num_rows)
+    pipeline: Pipeline[Batch] = Pipeline(
+        parts,
+        stages,
+        mesh.pipeline.get_group(),
+        schedule=options.pipeline_parallel_schedule,
+        file=options.pipeline_parallel_schedule_csv or "",
+        num_microbatches=num_rows,
+        hidden_shape=(1, SEQ_LEN // (layout.cp * layout.tp), spec.dim),
+        dtype=torch.float32,
+        device=device,
+    )
+    return steps_on_mesh(model, mesh, PipelinedStep(model, pipeline, device, num_parts=layout.tp), num_steps, 1)
+
+
+def steps_on_mesh(model: Decoder, mesh: Mesh, step: PlainStep | PipelinedStep, num_steps: int, rows: int) -> list[Step]:
+    """Take some steps, each in microbatches of this many rows."""
+    num_rows = GLOBAL_BATCH // mesh.degrees.num_data_ranks
+    first = mesh.data_rank * num_rows
+    pipeline = mesh.pipeline.get_group() if mesh.degrees.pp > 1 else None
+    steps = []
+    for index in range(num_steps):
+        batches = [_batch(index, row, rows) for row in range(first, first + num_rows, rows)]
+        batches = [batch.part(mesh.context_rank, mesh.degrees.cp) for batch in batches]
+        steps.append(_take(model, step, batches, pipeline))
+    return steps
 
 
 def _batch(step: int, first_row: int = 0, num_rows: int = GLOBAL_BATCH) -> Batch:
@@ -186,18 +218,24 @@ def _batch(step: int, first_row: int = 0, num_rows: int = GLOBAL_BATCH) -> Batch
     )
 
 
-def _step(model: Decoder, batch: Batch) -> Step:
+def _take(
+    model: Decoder, step: PlainStep | PipelinedStep, batches: list[Batch], pipeline: dist.ProcessGroup | None = None
+) -> Step:
     """One step of plain gradient descent: the next one meets what the update made of sharded parameters."""
-    loss = loss_sum(model, batch) / (GLOBAL_BATCH * SEQ_LEN)
-    loss.backward()
-    finish_gradients(model)
-    total = loss.detach().clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    norm = clip_gradients(model.parameters(), max_norm=0)
+    num_tokens = GLOBAL_BATCH * SEQ_LEN
+    before = step.loss_sums(batches) / num_tokens
+    loss = step.accumulate(batches, num_tokens)
+    torch.testing.assert_close(before, loss.double(), rtol=1e-5, atol=1e-9, msg="evaluation differs from training")
+    norm = clip_gradients(model.parameters(), 0, pipeline)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.grad is not None}
     grads = {name: full_tensor(parameter.grad).clone() for name, parameter in parameters.items()}
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        of_ranks: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, grads if pipeline is not None else {})
+        for of_rank in of_ranks:
+            grads |= of_rank
     for parameter in parameters.values():
         local_tensor(parameter.detach()).sub_(local_tensor(parameter.grad), alpha=_LEARNING_RATE)
         parameter.grad = None
-    return Step(total.item(), grads, norm.item())
+    return Step(loss.item(), grads, norm.item())

@@ -28,6 +28,7 @@ from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.spec import DecoderSpec, MoE
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
+from titanmoe.training.step import PlainStep
 
 SPEC = KINDS["grouped-query"]
 
@@ -168,7 +169,7 @@ def _mixed(dtype: torch.dtype, param_dtype: torch.dtype) -> tuple[Step, set]:
     parallelize(model, mesh, param_dtype=param_dtype, reduce_dtype=torch.float32)
     materialize(model, "cpu")
     init_weights(model, seed=3)
-    (step,) = steps_on_mesh(model, mesh)
+    (step,) = steps_on_mesh(model, mesh, PlainStep(model, torch.device("cpu")), num_steps=1, rows=1)
     return step, {grad.dtype for grad in step.grads.values()}
 
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from tests.models.kinds import KINDS
-from tests.parallel.layouts import Change, Layout, all_to_one, balance_sequences, freeze_experts
-from tests.parallel.pipelines import compare_pipeline, deep
+from tests.models.kinds import KINDS, deep
+from tests.parallel.layouts import Change, Layout, all_to_one, balance_sequences, compare, freeze_experts
 from tests.ranks import run_ranks
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.pipeline import SCHEDULES
@@ -38,7 +37,7 @@ def _compare(spec: DecoderSpec, layout: Layout, change: Change | None = None, **
         with pytest.raises(ConfigError, match="too old"):
             plan_stages(spec, Parallelism(pipeline_parallel_degree=layout.pp, pipeline_parallel_schedule=name), 36)
         return
-    errors = compare_pipeline(spec, layout, change, **section)
+    errors = compare(spec, layout, change, **section)
     assert errors.loss < 1e-6 and errors.norm < 1e-6
     assert errors.gradient < 1e-5, errors
 
