@@ -18,7 +18,6 @@ class Limits:
         at_least, more_than, at_most, less_than: the range of a number, or of every number in a list.
         also: values outside of the range that are allowed all the same, such as -1 for "all".
         later: names a feature of a later version. Any value but the default is refused as not supported yet.
-        later_values: values beside those of the key's type that are refused as not supported yet.
         inert: why the key has no effect here. Any value but the default is accepted with one printed line.
     """
 
@@ -28,7 +27,6 @@ class Limits:
     less_than: float | None = None
     also: tuple[float, ...] = ()
     later: str = ""
-    later_values: tuple[str, ...] = ()
     inert: str = ""
 
     def accept(self, value: float) -> bool:

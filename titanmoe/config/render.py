@@ -105,6 +105,4 @@ def _describe_type(key: Key) -> str:
 def _describe_support(key: Key) -> str:
     if key.limits.later:
         return " Not supported yet: must be left at its default."
-    if key.limits.later_values:
-        return f" Not supported yet: {', '.join(to_toml_value(value) for value in key.limits.later_values)}."
     return f" No effect, as {key.limits.inert}." if key.limits.inert else ""

@@ -25,8 +25,6 @@ def convert(value: Any, key: Key, where: str) -> Any:
     Raises:
         ConfigError: wrong type, not one of the allowed values, out of range, or not supported yet.
     """
-    if isinstance(value, str) and value in key.limits.later_values:
-        raise _not_supported(to_toml_value(value), value, key, where)
     try:
         result = _convert(value, key.kind)
     except _Mismatch:
