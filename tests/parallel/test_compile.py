@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.models.kinds import KINDS
 from tests.ranks import run_ranks
+from titanmoe.config.sections.machine import ActivationCheckpoint
 from titanmoe.config.sizes import Degrees
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
@@ -152,7 +153,7 @@ def _on_mesh(degrees: Degrees, mode: Any, spec: DecoderSpec) -> tuple[list[int],
         mesh,
         param_dtype=torch.float32,
         reduce_dtype=torch.float32,
-        checkpoint_mode=mode,
+        recompute=ActivationCheckpoint(mode=mode, selective_ac_option="op"),
         compile_backend=backend,  # type: ignore[arg-type]
     )
     materialize(model, "cpu")

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from titanmoe.config.sections.machine import ActivationCheckpoint
 from titanmoe.models.decoder import Decoder, Part
-from titanmoe.parallel.activation_checkpoint import Mode, apply_activation_checkpoint
+from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
 from titanmoe.parallel.context import apply_context_parallel, share_sequence_statistics
 from titanmoe.parallel.expert import apply_expert_parallel
 from titanmoe.parallel.fsdp import Reshard, apply_fsdp
@@ -24,13 +25,7 @@ def parallelize(
     reduce_dtype: torch.dtype,
     accumulates: bool = False,
     reshard_after_forward: Reshard = "default",
-    checkpoint_mode: Mode = "none",
-    checkpoint_option: str = "op",
-    checkpoint_early_stop: bool = True,
-    preserve_rng_state: bool = True,
-    determinism_check: str = "default",
-    recomputed_products: Sequence[str] = (),
-    memory_budget: float = 1.0,
+    recompute: ActivationCheckpoint | None = None,
     compile_backend: str | None = None,
     cpu_offload: bool = False,
     parts: Sequence[Part] = (),
@@ -55,17 +50,18 @@ def parallelize(
     if compile_backend is not None:
         for block in model.blocks():
             block.forward = torch.compile(block.forward, backend=compile_backend)  # type: ignore[method-assign]
-    apply_activation_checkpoint(
-        model,
-        mode=checkpoint_mode,
-        option=checkpoint_option,
-        preserve_rng_state=preserve_rng_state,
-        early_stop=checkpoint_early_stop,
-        determinism_check=determinism_check,
-        recomputed_products=recomputed_products,
-        memory_budget=memory_budget,
-        is_compiled=compile_backend is not None,
-    )
+    if recompute is not None:
+        apply_activation_checkpoint(
+            model,
+            mode=recompute.mode,
+            option=recompute.selective_ac_option,
+            preserve_rng_state=recompute.preserve_rng_state,
+            early_stop=recompute.early_stop,
+            determinism_check=recompute.determinism_check,
+            recomputed_products=recompute.per_op_sac_force_recompute_mm_shapes_by_fqns,
+            memory_budget=recompute.memory_budget,
+            is_compiled=compile_backend is not None,
+        )
     stored_dtype = next(model.parameters()).dtype
     sums_differently = accumulates and reduce_dtype != stored_dtype
     if mesh.num_ranks > 1 or stored_dtype != param_dtype or sums_differently or cpu_offload:

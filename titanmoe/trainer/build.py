@@ -191,7 +191,6 @@ class Job:
     def _build_model(self) -> tuple[Decoder, Step]:
         """What this rank has of the model, and what computes with it."""
         config, stages, rank = self.config, self.stages, self.mesh.pipeline_rank
-        recompute = config.activation_checkpoint
         dtype, param_dtype = DTYPES[config.training.dtype], DTYPES[config.training.mixed_precision_param]
         if config.checkpoint.last_save_in_hf:
             check_exportable(build_model(self.spec, dtype=dtype), self.family, self.spec)
@@ -203,13 +202,7 @@ class Job:
             reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
             accumulates=self.num_microbatches > 1,
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
-            checkpoint_mode=recompute.mode,
-            checkpoint_option=recompute.selective_ac_option,
-            checkpoint_early_stop=recompute.early_stop,
-            preserve_rng_state=recompute.preserve_rng_state,
-            determinism_check=recompute.determinism_check,
-            recomputed_products=recompute.per_op_sac_force_recompute_mm_shapes_by_fqns,
-            memory_budget=recompute.memory_budget,
+            recompute=config.activation_checkpoint,
             compile_backend=config.compile.backend
             if config.compile.enable and "model" in config.compile.components
             else None,
