@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,25 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_counts_equal_the_formulas(job: Path, num_ranks: int, num_waits: int, options: tuple[str, ...]) -> None:
+    _check(job, num_ranks, num_waits, options)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "options"),
+    [
+        pytest.param(4, (f"{SHARD}=2",), id="pp 2, fsdp 2"),
+        pytest.param(4, (f"{SHARD}=1", f"{TENSOR}=2"), id="pp 2, tp 2"),
+    ],
+)
+def test_a_tied_embedding(num_ranks: int, options: tuple[str, ...], tmp_path: Path) -> None:
+    job = write_job(tmp_path, {**MODEL, "tie_word_embeddings": True})
+    report = _check(job, num_ranks, 0, (f"{PIPELINE}=2", "--training.local_batch_size=2", *options))
+    for rank in report["ranks"]:
+        (sent,) = (row for row in rank["collectives"] if row["kind"] == "send")
+        assert "gradient of a tied embedding" in [part["what"] for part in sent["parts"]]
+
+
+def _check(job: Path, num_ranks: int, num_waits: int, options: tuple[str, ...]) -> dict[str, Any]:
     report = communication.measure(load_config(job, [*ONE, *options]), num_ranks)
     assert len(report["ranks"]) == num_ranks
     for rank in report["ranks"]:
@@ -93,6 +113,7 @@ def test_counts_equal_the_formulas(job: Path, num_ranks: int, num_waits: int, op
             assert row["bytes"] == int(row["bytes"]) > 0
         assert rank["waits"] == rank["waits_by_formula"] == num_waits, rank["waits_in"]
     assert report["equal"]
+    return report
 
 
 def test_the_command_prints_a_table_and_fails_where_a_formula_is_wrong(

@@ -21,7 +21,7 @@ from titanmoe.config.pipeline import SCHEDULES
 from titanmoe.config.sections.machine import Parallelism
 from titanmoe.config.sizes import Degrees
 from titanmoe.models.build import build_model
-from titanmoe.models.decoder import Part
+from titanmoe.models.decoder import Decoder, Part
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.pipeline import Pipeline
@@ -76,6 +76,32 @@ def test_with_other_parallelism(layout: Layout, schedule: str) -> None:
 def test_experts_that_get_all_or_learn_nothing(schedule: str, change: Change) -> None:
     spec = deep(KINDS["latent"], 4, dense_first=True)
     _compare(spec, Layout(pp=2, dp_shard=2, ep=2), change, pipeline_parallel_schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("layout", "schedule"),
+    [
+        (Layout(pp=2), "1F1B"),
+        (Layout(pp=2), "Interleaved1F1B"),
+        (Layout(pp=2), "InterleavedZeroBubble"),
+        (Layout(pp=4), "1F1B"),
+        (Layout(pp=2, dp_shard=2, recompute="full", reshard="always"), "Interleaved1F1B"),
+        (Layout(pp=2, tp=2, ep=2), "1F1B"),
+    ],
+    ids=str,
+)
+def test_a_tied_embedding_has_one_gradient_on_two_ranks(layout: Layout, schedule: str) -> None:
+    spec = replace(deep(KINDS["latent"], 4), tie_embeddings=True)
+    _compare(spec, layout, balance_sequences, pipeline_parallel_schedule=schedule)
+
+
+def _freeze_embedding(model: Decoder) -> None:
+    if model.tok_embeddings is not None:
+        model.tok_embeddings.requires_grad_(False)
+
+
+def test_a_tied_embedding_that_learns_nothing() -> None:
+    _compare(replace(deep(KINDS["dense"], 2), tie_embeddings=True), Layout(pp=2), _freeze_embedding)
 
 
 # Stages
@@ -176,6 +202,14 @@ def test_stages_by_name() -> None:
 def test_names_that_are_not_a_pipeline(parts: tuple[tuple[str, ...], ...], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         _plan(3, module_fqns_per_model_part=parts)
+
+
+@pytest.mark.skipif(not SPLITS, reason="this torch cannot run a backward pass in two parts")
+@pytest.mark.parametrize("schedule", ["ZBVZeroBubble", "DualPipeV"])
+def test_one_rank_cannot_have_both_ends_of_a_tied_embedding(schedule: str) -> None:
+    spec = replace(KINDS["dense"], tie_embeddings=True)
+    with pytest.raises(ConfigError, match=f"the schedule {schedule} has the first and the last stage on one rank"):
+        _plan(8, spec, pipeline_parallel_schedule=schedule)
 
 
 def test_fewer_layers_than_stages() -> None:

@@ -139,10 +139,19 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     assert not (tmp_path / "dump").exists()
 
 
-def test_a_tied_embedding_is_refused(tmp_path: Path) -> None:
+def test_a_tied_embedding_resumes_exactly_and_as_one_process(tmp_path: Path) -> None:
     job = write_job(tmp_path, {**DEEP, "tie_word_embeddings": True})
-    outcome = run(job, tmp_path / "dump", f"{PIPELINE}degree=2", ranks=2, code=2)
-    assert_one_line(outcome.err[0], "one weight for embedding and output")
+    options = (*OPTIONS, f"--validation.dataset_path={tmp_path}/data/03.txt", "--checkpoint.enable")
+    pipelined = (*options, f"{PIPELINE}degree=2")
+    run(job, tmp_path / "one", *options)
+    run(job, tmp_path / "whole", *pipelined, ranks=2)
+    run(job, tmp_path / "resumed", *pipelined, ranks=2, before=signal_at(2), code=75)
+    shutil.copytree(tmp_path / "resumed", tmp_path / "alone")
+    run(job, tmp_path / "resumed", *pipelined, ranks=2)
+    assert curve(tmp_path / "resumed") == curve(tmp_path / "whole")
+    run(job, tmp_path / "alone", *options)
+    for name in ("whole", "alone"):
+        assert_close(tmp_path / name, tmp_path / "one")
 
 
 def test_a_pipeline_resumes_exactly_and_as_one_process(one_process: tuple[Path, tuple, Path], tmp_path: Path) -> None:

@@ -48,6 +48,16 @@ def test_clips_to_the_global_norm(dtype: torch.dtype) -> None:
     assert parameters[-1].grad is None
 
 
+def test_a_copy_is_scaled_and_not_counted() -> None:
+    grads = random_gradients()
+    parameters = with_gradients(*grads)
+    norm = clip_gradients(parameters, 0.5, copies=parameters[1:2])
+    counted = exact_norm([*grads[:1], *grads[2:]])
+    assert float(norm) == pytest.approx(counted, rel=1e-6)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(parameter.grad, grad * (0.5 / (counted + 1e-6)), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.inf, 1e3])
 def test_only_measures(max_norm: float) -> None:
     grads = random_gradients()

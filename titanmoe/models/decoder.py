@@ -82,7 +82,10 @@ class Output(nn.Linear):
 
 @dataclass(frozen=True)
 class Part:
-    """What of a model is here: some of its layers, and perhaps its ends. The last part has the final norm, too."""
+    """What of a model is here: some of its layers, and perhaps its ends. The last part has the final norm, too.
+
+    A tied embedding is in both ends: if these are in different processes, each has a copy of its own.
+    """
 
     layers: tuple[int, ...]
     embeds: bool = True
@@ -95,7 +98,8 @@ class Decoder(nn.Module):
     Attributes:
         spec: what it was built from; of the whole model, also where only a part is here.
         layers: the blocks, keyed by their place in the whole model: "0", "1", ...
-        tok_embeddings: None in a part that begins later.
+        embeds: whether tokens come in; hidden states come into a part that begins later.
+        tok_embeddings: None in a part that needs it neither to embed nor, being tied, to project.
         norm: None in a part that ends earlier.
         num_sequence_parts: into how many parts sequences are cut, of which this process is given one.
         project: what makes logits, or calls the head; replaced where the vocabulary is on several ranks.
@@ -109,7 +113,9 @@ class Decoder(nn.Module):
         self.spec = spec
         self.num_sequence_parts = 1
         self.project: Callable[..., Any] = project
-        self.tok_embeddings = Embedding(spec.vocab_size, spec.dim) if part.embeds else None
+        self.embeds = part.embeds
+        has_embedding = part.embeds or (part.projects and spec.tie_embeddings)
+        self.tok_embeddings = Embedding(spec.vocab_size, spec.dim) if has_embedding else None
         self.layers = nn.ModuleDict(
             {str(index): Block(spec.dim, spec.layers[index], spec.norm_eps) for index in part.layers}
         )
@@ -120,9 +126,10 @@ class Decoder(nn.Module):
     def view(self, part: Part) -> Decoder:
         """A part of this model as a model of its own: the same modules in another container."""
         view = Decoder(self.spec, Part((), embeds=False, projects=False))
+        view.embeds = part.embeds
         view.num_sequence_parts, view.project = self.num_sequence_parts, self.project
         view.layers.update({str(index): self.layers[str(index)] for index in part.layers})
-        if part.embeds:
+        if part.embeds or (part.projects and self.spec.tie_embeddings):
             view.tok_embeddings = self.tok_embeddings
         if part.projects:
             view.norm, view.output = self.norm, self.output
@@ -147,9 +154,12 @@ class Decoder(nn.Module):
             head: called with the last hidden states (B, S, D) and the output weight (V, D), instead of projecting.
         """
         if position_ids is None:
-            assert self.tok_embeddings is not None, "hidden states may be of other tokens than this process is given"
+            assert self.embeds, "hidden states may be of other tokens than this process is given"
             position_ids = torch.arange(inputs.shape[1], device=inputs.device)
-        x_BSD = inputs if self.tok_embeddings is None else self.tok_embeddings(inputs)
+        x_BSD = inputs
+        if self.embeds:
+            assert self.tok_embeddings is not None
+            x_BSD = self.tok_embeddings(inputs)
         position_ids = position_ids.expand(inputs.shape[0], -1)
         tables = {rope: _rope_table(rope, position_ids, x_BSD.dtype) for rope in self._attention_kinds("rope")}
         batch, seq_len = position_ids.shape[0], position_ids.shape[1] * self.num_sequence_parts
@@ -168,8 +178,12 @@ class Decoder(nn.Module):
         x_BSD = self.norm(x_BSD)
         if self.output is not None:
             return self.output(x_BSD, self.project, head)
-        assert self.tok_embeddings is not None, "a tied embedding is at both ends"
+        assert self.tok_embeddings is not None, "a tied embedding is in both ends"
         return self.project(x_BSD, local_tensor(self.tok_embeddings.weight), head)
+
+    def copied_parameters(self) -> list[nn.Parameter]:
+        """What the part that embeds has too: a tied embedding, where it is here only to project."""
+        return [] if self.embeds or self.tok_embeddings is None else list(self.tok_embeddings.parameters())
 
     def blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.layers.values()))

@@ -28,6 +28,7 @@ from torch.distributed.pipelining.schedules import (
 
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.decoder import Decoder
+from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.stages import Stages
 
 Microbatch = TypeVar("Microbatch")
@@ -104,6 +105,33 @@ class Pipeline(Generic[Microbatch]):
             stage.clear_runtime_states()
             stage.microbatches = ()
         return [loss.detach() for loss in losses]
+
+    @torch.no_grad()
+    def add_tied_gradients(self) -> None:
+        """Add up the gradients of a tied embedding, of which the first and the last rank have copies.
+
+        To be called on all ranks after the last backward pass of a step. Each of the two sends its shard to the other,
+        in float32. a + b is b + a, so what is equal on both stays so to the last bit.
+        """
+        first, last = self._stages.ranks[0], self._stages.ranks[-1]
+        ends = {0: last, len(self._stages.ranks) - 1: first}
+        for stage in self._parts.keys() & ends.keys():
+            part, other = self._parts[stage], ends[stage]
+            embedding = part.tok_embeddings
+            if not part.spec.tie_embeddings or embedding is None or not embedding.weight.requires_grad:
+                continue
+            assert embedding.weight.grad is not None, "both ends took part in the step"
+            grad = local_tensor(embedding.weight.grad)
+            if grad.numel():
+                own = grad.float()
+                others = torch.empty_like(own)
+                messages = [
+                    dist.P2POp(dist.isend, own, group=self._group, group_peer=other),
+                    dist.P2POp(dist.irecv, others, group=self._group, group_peer=other),
+                ]
+                for work in dist.batch_isend_irecv(messages):
+                    work.wait()
+                grad.copy_(own + others)
 
     @torch.no_grad()
     def run_forward(

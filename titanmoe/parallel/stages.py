@@ -64,14 +64,8 @@ def plan_stages(spec: DecoderSpec, section: Parallelism, seq_len: int) -> Stages
     nothing, the output projection what it costs.
 
     Raises:
-        ConfigError: the model cannot be cut as asked, or its embedding would be at both ends.
+        ConfigError: the model cannot be cut as asked, or one rank would have both ends, and these are tied.
     """
-    if spec.tie_embeddings:
-        raise ConfigError(
-            "the model has one weight for embedding and output, which would be on the first and on the last rank",
-            where=_DEGREE,
-            mend="Set it to 1, or choose a flavor whose embeddings are not tied.",
-        )
     costs = [sum(layer_flops(layer, spec.dim, seq_len).values()) for layer in spec.layers]
     schedule = schedule_of(section)
     if schedule.splits_backward and torch.__version__ < TorchVersion("2.13"):
@@ -86,6 +80,15 @@ def plan_stages(spec: DecoderSpec, section: Parallelism, seq_len: int) -> Stages
     else:
         parts = _cut(_sizes(costs, output_flops(spec), section, schedule))
     ranks = _deal(len(parts), section, schedule, _NAMES if names is not None else _LAYERS)
+    if spec.tie_embeddings and ranks[0] == ranks[-1]:
+        # FSDP would have to gather one parameter for two of its models.
+        name = section.pipeline_parallel_schedule_csv or section.pipeline_parallel_schedule
+        raise ConfigError(
+            f"the schedule {name} has the first and the last stage on one rank, and the model one weight for "
+            "embedding and output, which two stages of a rank cannot share",
+            where="parallelism.pipeline_parallel_schedule",
+            mend="Choose 1F1B or Interleaved1F1B.",
+        )
     work = [sum(costs[index] for index in part.layers) + part.projects * output_flops(spec) for part in parts]
     return Stages(tuple(parts), tuple(ranks), tuple(cost / sum(work) for cost in work))
 

@@ -132,6 +132,7 @@ def step_traffic(
     _words(tally, job)
     if stages is not None:
         _hidden_states(tally, job, stages)
+        _tied_gradient(tally, job, parameters)
     _replicated_gradients(tally, parameters)
     _gradient_norm(tally, parameters)
     _agreements(tally, job)
@@ -268,6 +269,15 @@ def _replicated_gradients(tally: _Tally, parameters: Sequence[LocalParameter]) -
         sizes = [member.num_owned(tally.num_ranks(member.axis), tally.place(member.axis)) for member in members]
         if sum(sizes):
             tally.add("all-reduce", axis, "gradients of what is not split", [sum(sizes) * _FLOAT32])
+
+
+def _tied_gradient(tally: _Tally, job: _Job, parameters: Sequence[LocalParameter]) -> None:
+    """Pipeline: the first and the last rank tell each other the gradient of the weight that both have."""
+    weights = [parameter for parameter in parameters if parameter.name == "tok_embeddings.weight"]
+    for weight in weights if job.spec.tie_embeddings else []:
+        size = weight.num_owned(tally.num_ranks(weight.axis), tally.place(weight.axis))
+        if size:
+            tally.add("send", PIPELINE, "gradient of a tied embedding", [size * _FLOAT32])
 
 
 def _gradient_norm(tally: _Tally, parameters: Sequence[LocalParameter]) -> None:

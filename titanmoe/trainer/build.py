@@ -21,10 +21,7 @@ from titanmoe.config.changes import config_fingerprint
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
 from titanmoe.config.pipeline import microbatch_size
-from titanmoe.config.sizes import (
-    degrees_of,
-    global_batch_size,
-)
+from titanmoe.config.sizes import degrees_of, global_batch_size
 from titanmoe.config.validate import validate
 from titanmoe.data.loader import DataLoader, merge_states
 from titanmoe.data.packing import Batch
@@ -41,12 +38,7 @@ from titanmoe.parallel.parallelize import parallelize
 from titanmoe.parallel.pipeline import Pipeline
 from titanmoe.parallel.ranks import Ranks
 from titanmoe.parallel.stages import plan_stages
-from titanmoe.parallel.world import (
-    close_world,
-    init_world,
-    max_over_ranks,
-    world_size_from_env,
-)
+from titanmoe.parallel.world import close_world, init_world, max_over_ranks, world_size_from_env
 from titanmoe.training.balance import ExpertBalance
 from titanmoe.training.determinism import set_deterministic, set_seed
 from titanmoe.training.optimizer import build_optimizer
@@ -113,6 +105,7 @@ class Job:
             set_deterministic(config.debug.deterministic_warn_only)
         degrees = degrees_of(config, self.world.size)
         self.mesh = Mesh.build(self.world.device, degrees)
+        self.pipeline_group = self.mesh.pipeline.get_group() if degrees.pp > 1 else None
         self.global_batch_size = global_batch_size(config, self.world.size)
         self.lanes_per_rank = self.global_batch_size // degrees.num_data_ranks
         at_once = microbatch_size(config)
@@ -215,7 +208,7 @@ class Job:
         for _, layer in model.moe_layers():
             layer.router.force_balance = config.debug.moe_force_load_balance
             layer.router.aux_loss_weight = config.moe.aux_loss_coeff / self.global_batch_size
-        if stages is None:
+        if stages is None or self.pipeline_group is None:
             return model, PlainStep(model, self.world.device)
         for line in stages.describe():
             self.ranks.log(logging.INFO, line)
@@ -223,7 +216,7 @@ class Job:
         pipeline: Pipeline[Batch] = Pipeline(
             parts,
             stages,
-            self.mesh.pipeline.get_group(),
+            self.pipeline_group,
             schedule=config.parallelism.pipeline_parallel_schedule,
             file=config.parallelism.pipeline_parallel_schedule_csv or "",
             num_microbatches=self.num_microbatches,

@@ -112,7 +112,8 @@ class Trainer(Job):
         grad_norm = clip_gradients(
             self.model.parameters(),
             training.max_norm,
-            pipeline=self.mesh.pipeline.get_group() if self.stages is not None else None,
+            pipeline=self.pipeline_group,
+            copies=self.model.copied_parameters(),
         )
         is_logged = self.metrics.due(step, self.num_steps)
         # On an accelerator, reading every step would make the host wait.

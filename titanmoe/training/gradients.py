@@ -21,7 +21,10 @@ _CPU_BLOCK = 1 << 18
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Iterable[nn.Parameter], max_norm: float, pipeline: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    pipeline: dist.ProcessGroup | None = None,
+    copies: Iterable[nn.Parameter] = (),
 ) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most `max_norm`; return the norm before that.
 
@@ -36,6 +39,7 @@ def clip_gradients(
         parameters: plain or DTensor parameters, on one device type and any meshes.
         max_norm: the bound; 0, a negative number or infinity only measures.
         pipeline: the ranks that have the other parameters of the model.
+        copies: those of the parameters that another rank of the pipeline has too, and counts; they are scaled only.
 
     Returns:
         The norm, a float32 scalar on the parameters' device, equal on all ranks.
@@ -47,10 +51,12 @@ def clip_gradients(
     device = parameters[0].device
     # By what the squares must be summed over: the mesh, and its dims over which the parameter is sharded.
     layouts: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
+    counted_elsewhere = {id(parameter) for parameter in copies}
+    of_copies: list[Tensor] = []
     for parameter in parameters:
         locals_ = layouts.setdefault(_layout(parameter), [])
         if parameter.grad is not None:
-            locals_.append(_local_gradient(parameter))
+            (of_copies if id(parameter) in counted_elsewhere else locals_).append(_local_gradient(parameter))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for (mesh, shard_dims), grads in layouts.items():
         square = _sum_of_squares(grads, device)
@@ -66,7 +72,7 @@ def clip_gradients(
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         # On a CPU the value is there already: leave the gradients alone if it is 1.
         if device.type != "cpu" or type(factor) is not Tensor or not factor >= 1:
-            for grads in filter(None, layouts.values()):
+            for grads in filter(None, [*layouts.values(), of_copies]):
                 torch._foreach_mul_(grads, factor)
     return norm
 

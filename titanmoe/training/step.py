@@ -98,6 +98,7 @@ class PipelinedStep:
     def accumulate(self, batches: Sequence[Batch], num_tokens: int) -> Tensor:
         losses = self._pipeline.run(self._moved(batches), partial(_stage, num_tokens))
         finish_gradients(self._model)
+        self._pipeline.add_tied_gradients()
         return torch.zeros((), device=self._device) + sum(losses)
 
     def loss_sums(self, batches: Sequence[Batch]) -> Tensor:
