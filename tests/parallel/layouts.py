@@ -118,7 +118,11 @@ class Errors:
 
 
 def why_not(spec: DecoderSpec, layout: Layout) -> str:
-    """Why a layout is not for a model; "" if it is."""
+    """Why a layout is not for a model, or for so small a batch; "" if it is."""
+    if GLOBAL_BATCH % layout.num_data_ranks:
+        return f"{GLOBAL_BATCH} rows cannot be dealt to {layout.num_data_ranks} groups of ranks"
+    if (num_rows := GLOBAL_BATCH // layout.num_data_ranks) < layout.pp:
+        return f"1F1B needs as many microbatches as stages: {num_rows} are fewer than {layout.pp}"
     try:
         check_model_can_be_split(spec, layout.degrees)
         if layout.pp > 1:

@@ -84,8 +84,8 @@ def _num_exchanges(mode: str) -> int:
 
 @pytest.mark.parametrize("mode", ["none", "full", "moe"])
 def test_ranks_are_asked_once_how_many_rows_they_send(mode: str) -> None:
-    """In each of two steps by the one layer that has experts."""
-    assert run_ranks(_num_exchanges, 2, mode) == [2, 2]
+    """In each of two steps by the one layer that has experts, and in an evaluation before each."""
+    assert run_ranks(_num_exchanges, 2, mode) == [4, 4]
 
 
 def test_two_backwards_and_a_part_of_one() -> None:

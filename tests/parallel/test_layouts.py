@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.models.kinds import KINDS
+from tests.models.kinds import KINDS, deep
 from tests.parallel.layouts import (
     Change,
     Layout,
@@ -110,6 +110,27 @@ def test_layers_on_several_ranks(kind: str, layout: Layout) -> None:
         assert kind == "dense" and "no experts" in reason
         layout = replace(layout, ep=1)
     _compare(KINDS[kind], layout, balance_sequences)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=2, dp_shard=2, tp=2, ep=2, etp=2),
+        Layout(pp=2, cp=2, tp=2, ep=4, recompute="full"),
+        Layout(dp_replicate=2, cp=2, tp=2, ep=4, recompute="selective"),
+        Layout(dp_replicate=2, dp_shard=2, tp=2, ep=2, etp=2),
+        Layout(pp=4, tp=2, ep=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["latent", "sinks and windows"])
+def test_eight_ranks(kind: str, layout: Layout) -> None:
+    spec = deep(KINDS[kind], 4)
+    if reason := why_not(spec, layout):
+        assert "6 experts" in reason
+        layout = replace(layout, ep=2)
+    _compare(spec, layout, balance_sequences)
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(dp_shard=2, tp=2, ep=4)], ids=str)

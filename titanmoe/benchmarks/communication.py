@@ -41,7 +41,6 @@ _ON_HOST, _ON_CPU, _NO_KERNEL = "on the host", "on a CPU only", "on a CPU, or in
 _NO_WAITS = {
     "training.step.num_supervised": _ON_HOST,
     "parallel.world.sum_over_ranks": _ON_HOST,
-    "parallel.mesh.pipeline": _ON_HOST,
     "trainer.run._train_step": _ON_CPU,
     "training.gradients.clip_gradients": _ON_CPU,
     "ops.permute.sort_by_expert": _ON_CPU,
