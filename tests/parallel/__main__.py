@@ -1,4 +1,4 @@
-"""Every layout of some ranks beside one process, as a table: python -m tests.parallel [--ranks 2 4] [KIND ...].
+"""Every layout of some ranks beside one process, as a table: python -m tests.parallel [KIND ...] [--ranks 2 4].
 
 A row is a layout and a kind of layers; it is run with experts that learn, that are frozen, and with one that every
 token goes to. Errors are the largest over ranks, three steps and these situations.
