@@ -205,8 +205,10 @@ class _OwnHeads:
         if sinks_N is not None:
             sinks_N = sinks_N.chunk(self.tokens.size)[self.tokens.rank]
         if self.key_heads is not None:
-            heads = torch.tensor(self.key_heads, device=k_BSKH.device)
-            k_BSKH, v_BSKV = k_BSKH.index_select(2, heads), v_BSKV.index_select(2, heads)
+            # Not by an index, which would have to be sent to the device in every layer.
+            k_BSKH, v_BSKV = (
+                torch.cat([heads.narrow(2, head, 1) for head in self.key_heads], dim=2) for heads in (k_BSKH, v_BSKV)
+            )
         return self.attend(q_BSNH, k_BSKH, v_BSKV, cu_seqlens, sinks_N=sinks_N, **options)
 
 
