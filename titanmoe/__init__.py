@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from titanmoe.checkpoint.pretrained import from_pretrained, save_pretrained
     from titanmoe.config import ConfigError, JobConfig, load_config
+    from titanmoe.converters.apply import convert
     from titanmoe.trainer import Trainer
     from titanmoe.training.loss import causal_lm_loss
 
@@ -22,6 +23,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "causal_lm_loss",
+    "convert",
     "from_pretrained",
     "load_config",
     "save_pretrained",
@@ -32,6 +34,7 @@ _HOME_OF = {
     "JobConfig": "titanmoe.config",
     "Trainer": "titanmoe.trainer",
     "causal_lm_loss": "titanmoe.training.loss",
+    "convert": "titanmoe.converters.apply",
     "from_pretrained": "titanmoe.checkpoint.pretrained",
     "load_config": "titanmoe.config",
     "save_pretrained": "titanmoe.checkpoint.pretrained",

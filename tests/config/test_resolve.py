@@ -79,7 +79,7 @@ precompute_float8_dynamic_scale_for_fsdp = false
 filter_fqns = ["output", "router.gate"]
 
 [quantize.grouped_mm.float8]
-fqns = ["experts"]
+fqns = ["layers"]
 
 [validation]
 enable = false
@@ -148,10 +148,10 @@ def test_a_toml_written_for_torchtitan_runs():
         'training.dataset = "c4_test" (debug.toml) is read as "stdlib"',
         'validation.dataset = "c4_validation" (debug.toml) is read as "stdlib"',
         'quantize.linear.float8.filter_fqns = ["output", "router.gate"] (debug.toml)',
-        'quantize.grouped_mm.float8.fqns = ["experts"] (debug.toml)',
+        'quantize.grouped_mm.float8.fqns = ["layers"] (debug.toml)',
     ):
         assert line in notes
-    assert len(resolved.notes) == 4, "one line per reason"
+    assert len(resolved.notes) == 5, "one line per reason"
     assert config.parallelism.pipeline_parallel_schedule == "Interleaved1F1B"
 
 

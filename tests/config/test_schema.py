@@ -22,6 +22,16 @@ OUR_KEYS = {
     "data.append_eos",
     "moe.aux_loss_coeff",
     "moe.bias_update_rate",
+    "moe.grouped_mm_backend",
+    "quantize.strict",
+    "quantize.linear.float8.backend",
+    "quantize.linear.mx.backend",
+    "quantize.linear.mx.emulate",
+    "quantize.grouped_mm.float8.recipe_name",
+    "quantize.grouped_mm.float8.backend",
+    "quantize.grouped_mm.float8.emulate",
+    "quantize.grouped_mm.mx.backend",
+    "quantize.grouped_mm.mx.emulate",
 }
 OUR_DEFAULTS = {
     "model.name": "qwen3",
@@ -30,6 +40,8 @@ OUR_DEFAULTS = {
     "training.dataset": "stdlib",
     "validation.dataset": "stdlib",
     "checkpoint.last_save_model_only": False,
+    "quantize.grouped_mm.float8.fqns": ("experts",),
+    "quantize.grouped_mm.mx.fqns": ("experts",),
 }
 
 

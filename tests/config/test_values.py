@@ -70,7 +70,8 @@ def test_toml_values_that_fit(path, given, wanted):
         ("training.steps", [3], "the list [3] was given"),
         ("training.gc_debug", True, "reporting garbage collection in detail is not supported yet"),
         ("parallelism.expert_parallel_comm_backend", "deepep", "DeepEP is not supported yet"),
-        ("model.converters", ["float8"], "not supported yet"),
+        ("model.converters", "float8", "a list, each entry a text"),
+        ("quantize.linear.float8.recipe_name", "row", 'Did you mean "rowwise"?'),
         ("fault_tolerance.enable", True, "not supported yet"),
     ],
 )

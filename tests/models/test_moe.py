@@ -113,7 +113,7 @@ def test_padding_changes_nothing(align: int, monkeypatch: pytest.MonkeyPatch) ->
     inputs = [x, *layer.parameters()]
     dy = torch.randn_like(x)
     expected = torch.autograd.grad(layer(x), inputs, dy)
-    monkeypatch.setattr("titanmoe.models.moe.layer.row_alignment", lambda _: align)
+    monkeypatch.setattr(layer.experts, "row_multiple", lambda _: align)
     for grad, reference in zip(torch.autograd.grad(layer(x), inputs, dy), expected, strict=True):
         torch.testing.assert_close(grad, reference)
 

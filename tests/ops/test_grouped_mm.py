@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from titanmoe.ops.grouped_mm import _has_grouped_kernel, grouped_mm
+from titanmoe.ops.grouped_mm import _uses_grouped_kernel, grouped_mm
 
 COUNTS = {
     "even": [16, 16, 16, 16],
@@ -76,13 +76,13 @@ def test_only_the_gradients_that_are_needed_are_computed(frozen: str, monkeypatc
     import titanmoe.ops.grouped_mm as module
 
     calls = []
-    for name in ("_rows_times_weights", "_rows_times_rows"):
+    for name in ("rows_times_weights", "rows_times_rows"):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _f=function, _n=name, **kw: calls.append(_n) or _f(*a, **kw))
     x_RK, w_ENK, dy_RN, offsets_E = _operands(COUNTS["even"], torch.float32)
     (w_ENK if frozen == "x" else x_RK).requires_grad_()
     grouped_mm(x_RK, w_ENK, offsets_E).backward(dy_RN)
-    assert calls == ["_rows_times_weights", "_rows_times_rows" if frozen == "x" else "_rows_times_weights"]
+    assert calls == ["rows_times_weights", "rows_times_rows" if frozen == "x" else "rows_times_weights"]
 
 
 def test_expanded_gradient() -> None:
@@ -115,8 +115,8 @@ def test_which_products_a_device_kernel_takes(
 ) -> None:
     """Row strides must be multiples of 16 bytes; the number of rows is free."""
     rows = torch.empty(num_rows, num_features[1], dtype=dtype, device="meta")
-    assert _has_grouped_kernel(rows, num_features) is expected
-    assert not _has_grouped_kernel(torch.empty(num_rows, num_features[1], dtype=dtype), num_features)
+    assert _uses_grouped_kernel(rows, num_features, "auto") is expected
+    assert not _uses_grouped_kernel(torch.empty(num_rows, num_features[1], dtype=dtype), num_features, "auto")
 
 
 @pytest.mark.gpu

@@ -31,8 +31,22 @@ def test_permutation_sorts_and_inverts(top_k: int, choice: str, align: int) -> N
     rows = permutation.row_TK.flatten()
     assert torch.equal(permutation.slot_R[rows], torch.arange(num_tokens * top_k))
     assert torch.equal(torch.searchsorted(permutation.offsets_E, rows, right=True), experts_TK.flatten())
-    padding = set(range(int(sizes_E.sum()))) - set(rows.tolist())
-    assert padding == (set() if permutation.padding_P is None else set(permutation.padding_P.tolist()))
+    is_padding_R = torch.ones(int(sizes_E.sum()), dtype=torch.bool).index_fill_(0, rows, False)
+    assert torch.equal(is_padding_R, is_padding_R & False if align == 1 else permutation.is_padding_R)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 23, 64])
+@pytest.mark.parametrize("align", [8, 32])
+def test_a_device_need_not_be_asked_for_the_number_of_rows(num_tokens: int, align: int) -> None:
+    experts_TK = torch.rand(num_tokens, 7).argsort(-1)[:, :3]
+    with_tail, exact = (sort_by_expert(experts_TK, 7, align, waits=waits) for waits in (False, True))
+    assert torch.equal(with_tail.offsets_E, exact.offsets_E)
+    assert torch.equal(with_tail.row_TK, exact.row_TK)
+    num_rows = exact.slot_R.shape[0]
+    assert num_rows <= with_tail.slot_R.shape[0] <= num_tokens * 3 + 7 * (align - 1)
+    assert torch.equal(with_tail.slot_R[:num_rows], exact.slot_R)
+    assert with_tail.is_padding_R[num_rows:].all()
+    assert not permute_weights(torch.rand(num_tokens, 3), with_tail)[with_tail.is_padding_R].any()
 
 
 @pytest.mark.parametrize("align", [1, 8])

@@ -9,12 +9,14 @@ from typing import Any
 
 from titanmoe.config.job_config import JobConfig
 from titanmoe.config.schema import Schema
+from titanmoe.config.sections.quantize import CONVERTERS
 from titanmoe.config.values import to_toml_value
 
 _SECTIONS = ("model", "training", "data", "optimizer", "lr_scheduler", "moe", "compile", "quantize", "debug")
 _OTHER_KEYS = frozenset(
     {
         "model.print_after_conversion",
+        "quantize.strict",
         "training.steps",
         "training.epochs",
         "training.local_batch_size",
@@ -31,6 +33,8 @@ def learning_settings(config: JobConfig) -> dict[str, Any]:
     spread over ranks and memory, which gives equal losses.
     """
     paths = [path for path, key in Schema.of_job_config().keys.items() if not key.limits.inert]
+    unused = set(CONVERTERS).difference(config.model.converters)
+    paths = [path for path in paths if path.rpartition(".")[0] not in unused]
     return {path: _value(config, path) for path in paths if _matters(path)}
 
 

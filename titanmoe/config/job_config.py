@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from titanmoe.config.sections.checkpoint import Checkpoint
 from titanmoe.config.sections.learning import Data, LRScheduler, Optimizer, Training, Validation
 from titanmoe.config.sections.machine import ActivationCheckpoint, Compile, Parallelism
-from titanmoe.config.sections.model import Model, MoE, Quantize
+from titanmoe.config.sections.model import Model, MoE
+from titanmoe.config.sections.quantize import Quantize
 from titanmoe.config.sections.run import (
     Comm,
     Debug,

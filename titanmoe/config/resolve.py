@@ -14,6 +14,7 @@ from titanmoe.config.errors import ConfigError
 from titanmoe.config.files import BASE, find_config_file, read_with_bases
 from titanmoe.config.job_config import JobConfig
 from titanmoe.config.schema import Schema
+from titanmoe.config.sections.quantize import CONVERTERS
 from titanmoe.config.values import convert, to_toml_value
 
 DEFAULT = "default"
@@ -200,10 +201,13 @@ def _replace_torchtitan_assets(settings: dict[str, _Setting]) -> list[str]:
 def _name_keys_without_effect(settings: Mapping[str, _Setting], schema: Schema) -> list[str]:
     """One line per reason for the keys that are set although they have no effect here."""
     by_reason: dict[str, list[str]] = {}
+    unused = set(CONVERTERS).difference(settings["model.converters"].value)
     for path, key in schema.keys.items():
-        if key.limits.inert and settings[path].value != key.default:
+        section = path.rpartition(".")[0]
+        reason = f"{section} is not in model.converters" if section in unused else key.limits.inert
+        if reason and settings[path].value != key.default:
             shown = f"{path} = {to_toml_value(settings[path].value)} ({settings[path].origin})"
-            by_reason.setdefault(key.limits.inert, []).append(shown)
+            by_reason.setdefault(reason, []).append(shown)
     return [f"No effect, as {reason}: {', '.join(shown)}" for reason, shown in by_reason.items()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from titanmoe.config.sections.checkpoint import Checkpoint
 from titanmoe.config.sections.learning import DataLoader, Training, Validation
 from titanmoe.config.sections.machine import ActivationCheckpoint, Compile
 from titanmoe.config.sections.model import Model
+from titanmoe.config.sections.quantize import CONVERTERS
 from titanmoe.config.sections.run import Profiling
 from titanmoe.config.sizes import check_sequences_can_be_cut, global_batch_size
 
@@ -43,6 +45,7 @@ def validate_keys(config: JobConfig) -> None:
         ConfigError: the first contradiction found.
     """
     _check_model(config.model)
+    _check_converters(config)
     _check_dataset(config.training, "training")
     _check_dataloader(config.training.dataloader, "training.dataloader")
     if config.validation.enable:
@@ -61,6 +64,36 @@ def _check_model(model: Model) -> None:
             where="model.hf_assets_path",
             mend="Set it to a directory in Hugging Face layout.",
         )
+
+
+def _check_converters(config: JobConfig) -> None:
+    names = config.model.converters
+    if "quantize.linear.float8" in names and config.quantize.linear.float8.enable_fsdp_float8_all_gather:
+        raise ConfigError(
+            "gathering shards in FP8 is not supported yet",
+            where="quantize.linear.float8.enable_fsdp_float8_all_gather",
+            mend="Set it to false: shards are gathered in training.mixed_precision_param.",
+        )
+    others_may_come = bool(config.experimental.custom_import)
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f'"{name}" is there {names.count(name)} times', where="model.converters")
+        if name not in CONVERTERS and not others_may_come:
+            nearest = difflib.get_close_matches(name, CONVERTERS, n=1, cutoff=0.3)
+            raise ConfigError(
+                f'"{name}" is no converter; they are {", ".join(CONVERTERS)}',
+                where="model.converters",
+                mend=f"Did you mean {nearest[0]}?" if nearest else "",
+            )
+        if name in CONVERTERS:
+            _, kind, number_format = name.split(".")
+            section = getattr(getattr(config.quantize, kind), number_format)
+            if section.emulate and section.backend not in ("auto", "emulated"):
+                raise ConfigError(
+                    f'is on, but {name}.backend = "{section.backend}"',
+                    where=f"{name}.emulate",
+                    mend="Leave one of them at its default.",
+                )
 
 
 def _check_dataset(data: Training | Validation, section: str) -> None:

@@ -35,11 +35,14 @@ class _AddExpertBias(torch.autograd.Function):
         weights = None if weights_R is None else weights_R.to(y_RN.dtype)
         if works_in_blocks(y_RN):
             out_RN = torch.empty_like(y_RN)
+            end = 0
             for expert, rows in expert_rows(offsets_E):
                 if weights is None:
                     torch.add(y_RN[rows], bias_EN[expert], out=out_RN[rows])
                 else:
                     torch.addr(y_RN[rows], weights[rows], bias_EN[expert], out=out_RN[rows])
+                end = rows.stop
+            out_RN[end:] = y_RN[end:]
             return out_RN
         rows_RN = bias_EN[_experts_of_rows(y_RN, offsets_E)]
         return y_RN + (rows_RN if weights is None else rows_RN * weights[:, None])
@@ -66,4 +69,5 @@ class _AddExpertBias(torch.autograd.Function):
 
 def _experts_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
     index_R = torch.arange(rows.shape[0], dtype=offsets_E.dtype, device=rows.device)
-    return torch.searchsorted(offsets_E, index_R, right=True)
+    # A row beyond the last offset is padding, whose weight and gradient are zero: any expert will do.
+    return torch.searchsorted(offsets_E, index_R, right=True).clamp_max_(offsets_E.shape[0] - 1)

@@ -113,10 +113,11 @@ class AllToAllDispatcher:
     def receive(self, sent: _Sent, align: int) -> Routed:
         """Waits for the rows; each expert's are padded here, where they arrive."""
         # What arrives is ordered by where it came from, then by expert.
-        arrived = regroup_by_expert(sent.num_arrived_GL, sum(sent.num_arrived_G), align)
+        num_arrived = sum(sent.num_arrived_G)
+        arrived = regroup_by_expert(sent.num_arrived_GL, num_arrived, align)
         journey = _Journey(sent.sent, sent.num_sent_G, sent.num_arrived_G, arrived)
         x_RD, weights_R = permute(sent.x_AD, arrived), permute_weights(sent.weights_A[:, None], arrived)
-        return Routed(x_RD, weights_R, arrived.offsets_E, journey)
+        return Routed(x_RD, weights_R, arrived.offsets_E, num_arrived, journey)
 
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
         """y_TD: the sum of every token's rows."""

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from titanmoe.models.decoder import Decoder
+from titanmoe.ops.scaled_product import LowPrecisionProduct
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.shards import shard_dim
@@ -60,6 +61,9 @@ def apply_fsdp(
             shard([model.norm, model.output], mesh.fsdp, frees=reshard_after_forward == "always")
     shard(model, mesh.fsdp, frees=False)
     for module in model.modules():
+        for product in vars(module).values():
+            if isinstance(product, LowPrecisionProduct):
+                product.keeps_frozen = False  # weights are gathered for each use
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from torch import Tensor
+
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.sizes import Degrees
+from titanmoe.models.decoder import Decoder
+from titanmoe.models.linear import Linear
+from titanmoe.models.moe.experts import Experts
 from titanmoe.models.spec import DecoderSpec, Dense, MoE, num_experts, num_heads
+from titanmoe.ops.scaled_product import LowPrecisionProduct, ScaledGroupedProduct, ScaledLinearProduct
+from titanmoe.ops.sharding import local_tensor
 
 
 def check_model_can_be_split(spec: DecoderSpec, degrees: Degrees) -> None:
@@ -28,6 +35,33 @@ def check_model_can_be_split(spec: DecoderSpec, degrees: Degrees) -> None:
     _check(_TENSOR, "words", [spec.vocab_size], degrees.tp)
     hidden_dims = {layer.feed_forward.hidden_dim for layer in spec.layers if isinstance(layer.feed_forward, MoE)}
     _check(_EXPERT_TENSOR, "hidden units of experts", hidden_dims, degrees.etp)
+
+
+def check_products_can_be_split(model: Decoder) -> None:
+    """
+    Args:
+        model: each rank's part of which is known.
+
+    Raises:
+        ConfigError: what a rank has of a weight is not of a size that its product in low precision can have.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, Linear) and isinstance(module.product, ScaledLinearProduct):
+            _check_sizes(path, module.weight, module.product, _TENSOR)
+        elif isinstance(module, Experts):
+            for weight, product in ((module.gate_up, module.gate_up_product), (module.down, module.down_product)):
+                if isinstance(product, ScaledGroupedProduct):
+                    _check_sizes(path, weight, product, _EXPERT_TENSOR)
+
+
+def _check_sizes(path: str, weight: Tensor, product: LowPrecisionProduct, degree: str) -> None:
+    multiple, sizes = product.kernels.feature_multiple, local_tensor(weight).shape[-2:]
+    if any(size % multiple for size in sizes):
+        raise ConfigError(
+            f"a rank's part of {path} is {sizes[0]} x {sizes[1]}, but its product wants multiples of {multiple}",
+            where=degree,
+            mend="Lower it, or leave this module out of the converter.",
+        )
 
 
 _EXPERT, _EXPERT_TENSOR = "parallelism.expert_parallel_degree", "parallelism.expert_tensor_parallel_degree"

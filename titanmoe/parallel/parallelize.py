@@ -13,6 +13,7 @@ from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
 from titanmoe.parallel.context import apply_context_parallel, share_sequence_statistics
 from titanmoe.parallel.expert import apply_expert_parallel
 from titanmoe.parallel.fsdp import Reshard, apply_fsdp
+from titanmoe.parallel.limits import check_products_can_be_split
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.tensor import apply_tensor_parallel
 
@@ -46,6 +47,7 @@ def parallelize(
         apply_expert_parallel(model, mesh.expert)
     if mesh.degrees.tp > 1:
         apply_tensor_parallel(model, mesh.tensor)
+    check_products_can_be_split(model)
     models = [model.view(part) for part in parts] or [model]
     if compile_backend is not None:
         for block in model.blocks():

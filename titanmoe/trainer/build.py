@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -76,6 +77,7 @@ class Job:
     def __init__(self, config: JobConfig, stop: StopRequest | None = None) -> None:
         validate(config, world_size_from_env())
         self.config = config
+        _import(config.experimental.custom_import)
         model = config.model
         self.family, self.spec = choose_model(
             model.name, model.flavor, model.hf_assets_path, selection_bias=config.moe.bias_update_rate > 0
@@ -188,6 +190,7 @@ class Job:
         if config.checkpoint.last_save_in_hf:
             check_exportable(build_model(self.spec, dtype=dtype), self.family, self.spec)
         model = build_model(self.spec, dtype=dtype, part=None if stages is None else stages.on(rank))
+        self._convert(model)
         parts = parallelize(
             model,
             self.mesh,
@@ -225,6 +228,17 @@ class Job:
             device=self.world.device,
         )
         return model, PipelinedStep(model, pipeline, self.world.device, num_parts=degrees.tp)
+
+    def _convert(self, model: Decoder) -> None:
+        """Choose what multiplies, and apply the converters; the model is on the meta device."""
+        config = self.config.model
+        if not config.converters:
+            return
+        from titanmoe.converters.apply import convert, render, summarize  # imports torchao, which takes its time
+
+        rows = self.ranks.on_each(partial(convert, model, config.converters, self.config, self.world.device))
+        for line in [*summarize(rows), *(render(rows) if config.print_after_conversion else [])]:
+            self.ranks.log(logging.INFO, line)
 
     def _build_checkpointer(self) -> Checkpointer | None:
         checkpoint = self.config.checkpoint
@@ -298,6 +312,19 @@ class Job:
     def _closing(self, part: Closable) -> Closable:
         self._closers.append(part.close)
         return part
+
+
+def _import(name: str) -> None:
+    """The user's own module, if there is one."""
+    if name:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f'"{name}" cannot be imported: {error}',
+                where="experimental.custom_import",
+                mend="Give a module's dotted name; its folder must be in PYTHONPATH, or the current one.",
+            ) from error
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from titanmoe.config.errors import ConfigError
+from titanmoe.ops.quiet_import import import_quietly
 
 logger = logging.getLogger("titanmoe")
 
@@ -83,15 +84,9 @@ def _adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
     device_type = groups[0]["params"][0].device.type
     if device_type != "cpu":
         _check_can_compile()
-    torchao_logger = logging.getLogger("torchao")
-    level = torchao_logger.level
-    torchao_logger.setLevel(logging.ERROR)  # it warns of GPU libraries that this machine does not need
-    try:
-        from torchao.optim import AdamW8bit
-    finally:
-        torchao_logger.setLevel(level)
+    AdamW8bit = import_quietly("torchao.optim").AdamW8bit
 
-    class Uncompiled(AdamW8bit):
+    class Uncompiled(AdamW8bit):  # type: ignore[misc, valid-type]
         """torchao compiles its update; on a CPU that takes half a minute and a C++ compiler."""
 
         def step(self, closure: Any = None) -> Any:

@@ -164,8 +164,8 @@ class FaultTolerance:
 class Experimental:
     """Extension by import."""
 
-    custom_import: str = key("", later="importing a user's own module")
-    """Python module to import before training."""
+    custom_import: str = ""
+    """Python module to import before training, such as one that registers a converter."""
 
     custom_args_module: str = key("", later="merging a user's own JobConfig class")
     """Older name of `job.custom_config_module`."""

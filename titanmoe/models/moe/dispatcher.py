@@ -18,13 +18,16 @@ class Routed:
     """What the experts see, and what the dispatcher needs to bring their results back.
 
     Attributes:
+        weights_R: the router's weight of every row; zero in padding.
         offsets_E: int32, the end of each expert's rows; of the experts in this process.
+        num_rows: how many of the rows are not padding. There may be rows beyond the last offset.
         journey: the dispatcher's own.
     """
 
     x_RD: Tensor
     weights_R: Tensor
     offsets_E: Tensor
+    num_rows: int
     journey: Any
 
 
@@ -57,7 +60,7 @@ class LocalDispatcher:
         x_TD, weights_TK, experts_TK = sent
         permutation = sort_by_expert(experts_TK, self.num_experts, align)
         x_RD, weights_R = permute(x_TD, permutation), permute_weights(weights_TK, permutation)
-        return Routed(x_RD, weights_R, permutation.offsets_E, permutation)
+        return Routed(x_RD, weights_R, permutation.offsets_E, experts_TK.numel(), permutation)
 
     def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
         """y_TD: the sum of every token's rows."""

@@ -5,6 +5,8 @@ Shape suffixes: R rows, E experts, D model dim, H hidden dim.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from titanmoe.models.spec import MoE
 from titanmoe.ops.clamped_swiglu import clamped_swiglu
 from titanmoe.ops.expert_bias import add_expert_bias
-from titanmoe.ops.grouped_mm import grouped_mm
+from titanmoe.ops.grouped_mm import GroupedProduct, PlainGroupedProduct
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.ops.swiglu import swiglu
 
@@ -23,6 +25,7 @@ class Experts(nn.Module):
     down: (E, D, H).
     gate_up_bias: (E, 2, H), or None.
     down_bias: (E, D), or None.
+    gate_up_product, down_product: what multiplies rows with the weights; replaced to change the precision.
     num_addends: of how many processes' outputs the sum is taken; each of them adds that part of `down_bias`.
     """
 
@@ -36,25 +39,39 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.gate_up_bias = nn.Parameter(torch.empty(num_experts, 2, hidden_dim)) if spec.bias else None
         self.down_bias = nn.Parameter(torch.empty(num_experts, dim)) if spec.bias else None
+        self.gate_up_product: GroupedProduct = PlainGroupedProduct()
+        self.down_product: GroupedProduct = PlainGroupedProduct()
 
-    def forward(self, x_RD: Tensor, weights_R: Tensor, offsets_E: Tensor) -> Tensor:
-        """y_RD: each row through its expert, with its router weight on the way in or out."""
+    def row_multiple(self, x: Tensor) -> int:
+        """What every expert's rows should be padded to a multiple of, for tokens like `x`."""
+        return math.lcm(
+            self.gate_up_product.row_multiple(x, self.gate_up.requires_grad),
+            self.down_product.row_multiple(x, self.down.requires_grad),
+        )
+
+    def forward(self, x_RD: Tensor, weights_R: Tensor, offsets_E: Tensor, num_rows: int = 0) -> Tensor:
+        """y_RD: each row through its expert, with its router weight on the way in or out. Arguments as in `Routed`."""
         weights: Tensor | None = weights_R
+        biased_R: Tensor | None = None
         if self.spec.router.weight_on == "input":
             x_RD, weights = x_RD * weights_R.to(x_RD.dtype)[:, None], None
+            if self.gate_up_bias is not None:
+                biased_R = (weights_R != 0).to(weights_R.dtype)  # so that padding stays zero
         # Local: of the experts in this process, which may not be all.
-        gate_up_R2H = grouped_mm(x_RD, local_tensor(self.gate_up).flatten(1, 2), offsets_E)
+        gate_up_R2H = self.gate_up_product(x_RD, local_tensor(self.gate_up).flatten(1, 2), offsets_E, num_rows)
         if self.gate_up_bias is not None:
-            gate_up_R2H = add_expert_bias(gate_up_R2H, local_tensor(self.gate_up_bias).flatten(1, 2), offsets_E)
+            gate_up_R2H = add_expert_bias(
+                gate_up_R2H, local_tensor(self.gate_up_bias).flatten(1, 2), offsets_E, biased_R
+            )
         activation = self.spec.activation
         if activation is None:
             h_RH = swiglu(gate_up_R2H, weights)
         else:
             h_RH = clamped_swiglu(gate_up_R2H, weights, activation.limit, activation.alpha)
-        y_RD = grouped_mm(h_RH, local_tensor(self.down), offsets_E)
+        y_RD = self.down_product(h_RH, local_tensor(self.down), offsets_E, num_rows)
         if self.down_bias is None:
             return y_RD
         down_bias_ED = local_tensor(self.down_bias)
         if self.num_addends > 1:
             down_bias_ED = down_bias_ED / self.num_addends
-        return add_expert_bias(y_RD, down_bias_ED, offsets_E, weights)
+        return add_expert_bias(y_RD, down_bias_ED, offsets_E, biased_R if weights is None else weights)

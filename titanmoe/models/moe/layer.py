@@ -13,7 +13,6 @@ from titanmoe.models.moe.dispatcher import Dispatcher, LocalDispatcher
 from titanmoe.models.moe.experts import Experts
 from titanmoe.models.moe.router import Router
 from titanmoe.models.spec import MoE
-from titanmoe.ops.grouped_mm import row_alignment
 
 
 class MoELayer(nn.Module):
@@ -29,8 +28,8 @@ class MoELayer(nn.Module):
         weights_TK, experts_TK = self.router(x_BSD)
         sent = self.dispatcher.send(x_BSD.flatten(0, 1), weights_TK, experts_TK)
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
-        routed = self.dispatcher.receive(sent, row_alignment(x_BSD))
+        routed = self.dispatcher.receive(sent, self.experts.row_multiple(x_BSD))
         del sent  # the rows as they travelled are not needed while the experts compute
-        y_RD = self.experts(routed.x_RD, routed.weights_R, routed.offsets_E)
+        y_RD = self.experts(routed.x_RD, routed.weights_R, routed.offsets_E, routed.num_rows)
         y_BSD = self.dispatcher.combine(y_RD, routed).view_as(x_BSD)
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD
