@@ -30,6 +30,8 @@ _DIRECT = Latent(4, None, 24, 10, 18, _LATENT_ROPE)
 _GROUPS = MoE(12, 3, 24, Router("sigmoid", selection_bias=True, num_groups=4, top_groups=2), shared=Dense(16))
 _BIASED = MoE(6, 2, 24, Router(gate_bias=True), bias=True, activation=ClampedSwiGLU(limit=0.5))
 _ON_INPUT = MoE(6, 1, 24, Router("sigmoid", normalize=False, weight_on="input"), shared=Dense(24))
+_WIDE = GroupedQuery(4, 2, 32, Rope(32, 1e4), qk_norm=True)
+_WIDE_LATENT = Latent(4, 32, 32, 32, 32, Rope(32, 1e4))
 
 
 def _spec(*layers: LayerSpec) -> DecoderSpec:
@@ -53,3 +55,14 @@ KINDS = {
     "sinks and windows": _spec(LayerSpec(_WINDOW, _BIASED), LayerSpec(_SINKS, _BIASED)),
     "chunks and temperature": _spec(LayerSpec(_CHUNKS, _ON_INPUT), LayerSpec(_NO_ROPE, Dense(56))),
 }
+
+WIDE = replace(
+    _spec(
+        LayerSpec(_WIDE_LATENT, Dense(128)),
+        LayerSpec(_WIDE, MoE(6, 2, 128, Router(normalize=True), shared=Dense(128))),
+        LayerSpec(replace(_WIDE, qkv_bias=True, out_bias=True), replace(_BIASED, hidden_dim=128)),
+        LayerSpec(_WIDE, replace(_ON_INPUT, hidden_dim=128, shared=Dense(128), bias=True)),
+    ),
+    dim=64,
+)
+"""Every number of features is a multiple of 32, as MX asks for, even where four ranks share heads and hidden units."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from titanmoe.models.moe.layer import MoELayer
 from titanmoe.models.moe.router import balance_loss
 from titanmoe.models.spec import ClampedSwiGLU, Dense, MoE, Router
+from titanmoe.ops import permute
 from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
 
 DIM = 12
@@ -106,16 +107,45 @@ def test_layer_equals_a_loop_over_tokens(spec: MoE) -> None:
         torch.testing.assert_close(grad, reference, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("align", [1, 32])
-def test_padding_changes_nothing(align: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = _layer(MoE(6, 3, 9))
+@pytest.mark.parametrize("has_tail", [False, True])
+@pytest.mark.parametrize("align", [1, 8, 32])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MoE(6, 3, 9),
+        MoE(6, 1, 9, Router("sigmoid", normalize=False)),
+        MoE(6, 2, 9, Router(gate_bias=True), bias=True, activation=ClampedSwiGLU(limit=1.5, alpha=1.7)),
+        MoE(6, 2, 9, Router("sigmoid", normalize=False, weight_on="input"), bias=True),
+    ],
+    ids=["plain", "top-1", "clamped with biases", "weight on the input, with biases"],
+)
+def test_padding_changes_nothing(spec: MoE, align: int, has_tail: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do rows of no expert, which are there if a device is not asked for the number of rows. Memory is poisoned."""
+    layer = _layer(spec)
     x = torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True)
     inputs = [x, *layer.parameters()]
     dy = torch.randn_like(x)
-    expected = torch.autograd.grad(layer(x), inputs, dy)
+    expected_y = layer(x)
+    expected = torch.autograd.grad(expected_y, inputs, dy)
     monkeypatch.setattr(layer.experts, "row_multiple", lambda _: align)
-    for grad, reference in zip(torch.autograd.grad(layer(x), inputs, dy), expected, strict=True):
-        torch.testing.assert_close(grad, reference)
+    slots, new_empty, empty_like = permute._slots, Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(permute, "_slots", lambda *args: slots(*args[:-1], not has_tail))
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **kwargs: _poisoned(new_empty(self, *size, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: _poisoned(empty_like(*args, **kwargs)))
+    num_rows = []
+    layer.experts.register_forward_pre_hook(lambda _, args: num_rows.append((args[0].shape[0], int(args[2][-1]))))
+    y = layer(x)
+    torch.testing.assert_close(y, expected_y, rtol=1e-5, atol=1e-6)
+    for grad, reference in zip(torch.autograd.grad(y, inputs, dy), expected, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-5, atol=1e-6)
+    ((num_all, num_of_experts),) = num_rows
+    assert num_of_experts % align == 0
+    if align == 8:
+        assert (num_all > num_of_experts) == has_tail
+
+
+def _poisoned(tensor: Tensor) -> Tensor:
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
 
 def test_one_expert_takes_all_tokens() -> None:

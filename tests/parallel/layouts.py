@@ -12,8 +12,10 @@ from torch import Tensor
 
 from tests.ranks import full_tensor, run_ranks
 from titanmoe.config.errors import ConfigError
+from titanmoe.config.resolve import load_config
 from titanmoe.config.sections.machine import ActivationCheckpoint, Parallelism
 from titanmoe.config.sizes import Degrees
+from titanmoe.converters.apply import convert
 from titanmoe.data.packing import Batch
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
@@ -65,6 +67,9 @@ class Layout(Degrees):
     recompute: str = "none"
     reshard: str = "default"
     offload: bool = False
+    compiled: bool = False
+    accumulates: bool = False
+    """Microbatches of one row, as a pipeline always has them."""
 
     @property
     def degrees(self) -> Degrees:
@@ -90,31 +95,81 @@ class Errors:
 
     A gradient's is relative to its largest element; or, if that is less, to 1e-5 of the norm of all gradients. Where a
     router is sure of its choice, what is left of its gradient after cancelling is rounding, whatever the layout.
+
+    Attributes:
+        gradient, worst: the largest error of an element of a gradient, and whose it is.
+        noise, noisiest: the largest error of a gradient as a whole, relative to its norm, and whose it is. Where values
+            are rounded to few bits, single ones may go either way.
     """
 
     loss: float
     norm: float
     gradient: float
     worst: str
+    noise: float
+    noisiest: str
 
     @classmethod
     def of(cls, steps: Sequence[Step], references: Sequence[Step]) -> Errors:
         pairs = list(zip(steps, references, strict=True))
         assert all(step.grads.keys() == reference.grads.keys() for step, reference in pairs)
-        gradients = [
-            (float((step.grads[name] - grad).abs().max() / grad.abs().max().clamp_min(1e-5 * reference.norm)), name)
-            for step, reference in pairs
-            for name, grad in reference.grads.items()
-        ]
+        gradients, noises = [], []
+        for step, reference in pairs:
+            least = 1e-5 * reference.norm
+            for name, grad in reference.grads.items():
+                error = step.grads[name] - grad
+                gradients.append((float(error.abs().max() / grad.abs().max().clamp_min(least)), name))
+                noises.append((float(error.norm() / grad.norm().clamp_min(least)), name))
         return cls(
             max(abs(step.loss - reference.loss) / reference.loss for step, reference in pairs),
             max(abs(step.norm - reference.norm) / reference.norm for step, reference in pairs),
             *max(gradients),
+            *max(noises),
         )
 
     @property
     def largest(self) -> float:
         return max(self.loss, self.norm, self.gradient)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What products are computed in, and everything else.
+
+    Attributes:
+        converters: applied before the model is distributed, and emulated.
+        settings: of theirs, as flags of the job config.
+        dtype: of the parameters as they are computed with; they are stored in float32.
+        noise: that is allowed in a gradient, see `Errors`; None: nothing but the last bits of float32.
+    """
+
+    converters: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
+    noise: float | None = None
+
+    def apply(self, model: Decoder) -> None:
+        if self.converters:
+            flags = [f"model.converters={','.join(self.converters)}", *(f"{name}.emulate" for name in self.converters)]
+            config = load_config(None, [f"--{flag}" for flag in (*flags, *self.settings)])
+            convert(model, self.converters, config, torch.device("cpu"))
+
+    def allows(self, errors: Errors) -> bool:
+        if self.noise is None:
+            return errors.largest < 1e-5
+        return errors.noise < self.noise and errors.norm < self.noise / 10 and errors.loss < self.noise / 100
+
+
+_FP8 = ("quantize.linear.float8", "quantize.grouped_mm.float8")
+_MX = ("quantize.linear.mx", "quantize.grouped_mm.mx")
+PRECISIONS = {
+    "plain": Precision(),
+    "fp8": Precision(_FP8, ("quantize.linear.float8.recipe_name=rowwise",), noise=0.025),
+    "fp8-tensorwise": Precision(_FP8, ("quantize.linear.float8.recipe_name=tensorwise",), noise=0.04),
+    "mxfp8": Precision(_MX, ("quantize.linear.mx.recipe_name=mxfp8_cublas_rceil",), noise=0.025),
+    "mxfp8-down": Precision(_MX, ("quantize.linear.mx.recipe_name=mxfp8_cublas",), noise=0.06),
+}
+"""Where noise comes from, and how much there is: `test_low_precision`."""
 
 
 def why_not(spec: DecoderSpec, layout: Layout) -> str:
@@ -132,9 +187,15 @@ def why_not(spec: DecoderSpec, layout: Layout) -> str:
     return ""
 
 
-def one_process(spec: DecoderSpec, change: Change | None = None, num_steps: int = NUM_STEPS) -> list[Step]:
-    model = build_model(spec, device="cpu")
-    init_weights(model, seed=3)
+def one_process(
+    spec: DecoderSpec, change: Change | None = None, num_steps: int = NUM_STEPS, precision: Precision = Precision()
+) -> list[Step]:
+    if precision.dtype != torch.float32:
+        # Parameters that are computed with in another dtype are sharded, over one rank.
+        return run_ranks(on_rank, 1, spec, Layout(), change, num_steps, {}, precision)[0]
+    model = build_model(spec)
+    precision.apply(model)
+    init_weights(materialize(model, "cpu"), seed=3)
     if change is not None:
         change(model)
     step = PlainStep(model, torch.device("cpu"))
@@ -146,6 +207,7 @@ def compare(
     layout: Layout,
     change: Change | None = None,
     reference: Sequence[Step] | None = None,
+    precision: Precision = Precision(),
     **section: object,
 ) -> Errors:
     """The errors of the rank that has the largest.
@@ -153,13 +215,18 @@ def compare(
     Args:
         section: keys of [parallelism], for a pipeline.
     """
-    reference = reference or one_process(spec, change)
-    steps_of_ranks = run_ranks(on_rank, layout.num_ranks, spec, layout, change, len(reference), section)
+    reference = reference or one_process(spec, change, precision=precision)
+    steps_of_ranks = run_ranks(on_rank, layout.num_ranks, spec, layout, change, len(reference), section, precision)
     return max((Errors.of(steps, reference) for steps in steps_of_ranks), key=lambda each: each.largest)
 
 
 def on_rank(
-    spec: DecoderSpec, layout: Layout, change: Change | None, num_steps: int, section: Mapping[str, object] = {}
+    spec: DecoderSpec,
+    layout: Layout,
+    change: Change | None,
+    num_steps: int,
+    section: Mapping[str, object] = {},
+    precision: Precision = Precision(),
 ) -> list[Step]:
     """What one rank finds, with the whole gradients of all ranks."""
     # full_tensor() of a tensor that is sharded twice along a dim says how it goes about it.
@@ -169,13 +236,16 @@ def on_rank(
     options = Parallelism(**{"pipeline_parallel_degree": layout.pp, **section})
     stages = plan_stages(spec, options, SEQ_LEN) if layout.pp > 1 else None
     model = build_model(spec, part=stages.on(mesh.pipeline_rank) if stages else None)
+    precision.apply(model)
     parts = parallelize(
         model,
         mesh,
-        param_dtype=torch.float32,
+        param_dtype=precision.dtype,
         reduce_dtype=torch.float32,
+        accumulates=layout.accumulates,
         reshard_after_forward=layout.reshard,
         recompute=ActivationCheckpoint(mode=layout.recompute, selective_ac_option="op"),
+        compile_backend="aot_eager" if layout.compiled else None,
         cpu_offload=layout.offload,
         parts=[stages.parts[stage] for stage in stages.of(mesh.pipeline_rank)] if stages else [],
     )
@@ -184,7 +254,8 @@ def on_rank(
         change(model)
     num_rows = GLOBAL_BATCH // layout.num_data_ranks
     if stages is None:
-        return steps_on_mesh(model, mesh, PlainStep(model, device), num_steps, num_rows)
+        rows = 1 if layout.accumulates else num_rows
+        return steps_on_mesh(model, mesh, PlainStep(model, device), num_steps, rows)
     pipeline: Pipeline[Batch] = Pipeline(
         parts,
         stages,
@@ -193,7 +264,7 @@ def on_rank(
         file=options.pipeline_parallel_schedule_csv or "",
         num_microbatches=num_rows,
         hidden_shape=(1, SEQ_LEN // (layout.cp * layout.tp), spec.dim),
-        dtype=torch.float32,
+        dtype=precision.dtype,
         device=device,
     )
     return steps_on_mesh(model, mesh, PipelinedStep(model, pipeline, device, num_parts=layout.tp), num_steps, 1)

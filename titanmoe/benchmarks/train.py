@@ -1,5 +1,7 @@
 """Training speed beside transformers: python -m titanmoe.benchmarks.train [--json].
 
+With --job.config_file FILE it is that of a job beside the same one without its converters instead: see `train_job`.
+
 Both train the same model (weights written once to a Hugging Face folder) on the same batches of Python source text,
 with the same dtype, optimizer and threads; see `train_worker`. They take turns, and the ratio is the median over the
 rounds. The losses of both are printed, so that one can see that they compute the same thing.
@@ -17,12 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from titanmoe.benchmarks import train_job
 from titanmoe.benchmarks.turns import Worker, ratio, summarize
 
 WORKER = "titanmoe.benchmarks.train_worker"
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    args = sys.argv[1:] if args is None else args
+    if any(arg.startswith("--job.") for arg in args):
+        return train_job.main(args)
     options = _parse(args)
     import torch
 
@@ -61,8 +67,12 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(args: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m titanmoe.benchmarks.train", description=__doc__.splitlines()[0])
+def _parse(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m titanmoe.benchmarks.train",
+        description=__doc__.splitlines()[0],
+        epilog="With --job.config_file FILE, options are those of a job: give it together with --help.",
+    )
     parser.add_argument("--family", default="qwen3")
     parser.add_argument("--flavor", default="bench_60M", help="size of the model (60 M parameters, 32 experts)")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from titanmoe.benchmarks.device_timing import synchronize
 from titanmoe.benchmarks.turns import serve
 
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
@@ -36,10 +37,10 @@ def main() -> None:
         nonlocal position
         losses, seconds = [], []
         for _ in range(job["steps"]):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             loss = step(batches[position % len(batches)])
-            _synchronize(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - start)
             losses.append(loss.item())
             position += 1
@@ -112,17 +113,12 @@ def _matmul_gflops(dtype: torch.dtype, device: torch.device, size: int = 1024, r
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ b
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e9
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

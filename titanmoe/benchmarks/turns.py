@@ -71,3 +71,16 @@ def summarize(seconds: Sequence[float]) -> dict[str, float]:
 def ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
     """How many times faster `to` was than `of`, round by round: median and extremes."""
     return summarize([a / b for a, b in zip(of, to, strict=True)])
+
+
+def spread(ratios: Mapping[str, float]) -> str:
+    """What `ratio` found, for people."""
+    return f"{ratios['median']:.2f}x ({ratios['min']:.2f} to {ratios['max']:.2f})"
+
+
+def aligned(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Rows by column, as lines of text below the names of the columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, *([row.get(name, "") for name in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    return ["  ".join(map(str.rjust, line, widths)).rstrip() for line in lines]

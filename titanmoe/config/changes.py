@@ -46,7 +46,8 @@ def config_fingerprint(config: JobConfig) -> str:
 def changes(before: JobConfig, after: JobConfig) -> list[str]:
     """What differs in the learning settings, such as `optimizer.lr: 0.001 -> 0.002`."""
     old, new = learning_settings(before), learning_settings(after)
-    return [f"{path}: {_text(old[path])} -> {_text(new[path])}" for path in new if old[path] != new[path]]
+    both = [path for path in new if path in old]  # not the settings of a converter that is new: it is told itself
+    return [f"{path}: {_text(old[path])} -> {_text(new[path])}" for path in both if old[path] != new[path]]
 
 
 def _matters(path: str) -> bool:

@@ -204,11 +204,13 @@ def _name_keys_without_effect(settings: Mapping[str, _Setting], schema: Schema) 
     unused = set(CONVERTERS).difference(settings["model.converters"].value)
     for path, key in schema.keys.items():
         section = path.rpartition(".")[0]
-        reason = f"{section} is not in model.converters" if section in unused else key.limits.inert
+        reason = f"No effect, as {key.limits.inert}" if key.limits.inert else ""
+        if section in unused:
+            reason = f"No effect in a run, as {section} is not in model.converters"
         if reason and settings[path].value != key.default:
             shown = f"{path} = {to_toml_value(settings[path].value)} ({settings[path].origin})"
             by_reason.setdefault(reason, []).append(shown)
-    return [f"No effect, as {reason}: {', '.join(shown)}" for reason, shown in by_reason.items()]
+    return [f"{reason}: {', '.join(shown)}" for reason, shown in by_reason.items()]
 
 
 def _build(cls: type, prefix: str, values: Mapping[str, Any], schema: Schema) -> Any:

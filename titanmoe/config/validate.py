@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Collection, Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
@@ -45,7 +48,8 @@ def validate_keys(config: JobConfig) -> None:
         ConfigError: the first contradiction found.
     """
     _check_model(config.model)
-    _check_converters(config)
+    others_may_come = bool(config.experimental.custom_import)
+    check_converters(config.model.converters, config, None if others_may_come else CONVERTERS)
     _check_dataset(config.training, "training")
     _check_dataloader(config.training.dataloader, "training.dataloader")
     if config.validation.enable:
@@ -66,34 +70,41 @@ def _check_model(model: Model) -> None:
         )
 
 
-def _check_converters(config: JobConfig) -> None:
-    names = config.model.converters
-    if "quantize.linear.float8" in names and config.quantize.linear.float8.enable_fsdp_float8_all_gather:
-        raise ConfigError(
-            "gathering shards in FP8 is not supported yet",
-            where="quantize.linear.float8.enable_fsdp_float8_all_gather",
-            mend="Set it to false: shards are gathered in training.mixed_precision_param.",
-        )
-    others_may_come = bool(config.experimental.custom_import)
+def check_converters(names: Sequence[str], config: JobConfig, known: Collection[str] | None) -> None:
+    """
+    Args:
+        names: converters to apply, with their settings in `config`.
+        known: all that there are; None if others may come.
+
+    Raises:
+        ConfigError: a name twice, an unknown one, or settings of one of them that contradict each other.
+    """
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f'"{name}" is there {names.count(name)} times', where="model.converters")
-        if name not in CONVERTERS and not others_may_come:
-            nearest = difflib.get_close_matches(name, CONVERTERS, n=1, cutoff=0.3)
             raise ConfigError(
-                f'"{name}" is no converter; they are {", ".join(CONVERTERS)}',
-                where="model.converters",
-                mend=f"Did you mean {nearest[0]}?" if nearest else "",
+                f'"{name}" is there {names.count(name)} times', where="model.converters", mend="Name it once."
             )
-        if name in CONVERTERS:
-            _, kind, number_format = name.split(".")
-            section = getattr(getattr(config.quantize, kind), number_format)
-            if section.emulate and section.backend not in ("auto", "emulated"):
-                raise ConfigError(
-                    f'is on, but {name}.backend = "{section.backend}"',
-                    where=f"{name}.emulate",
-                    mend="Leave one of them at its default.",
-                )
+        if known is not None and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+            hint = f"Did you mean {nearest[0]}? " if nearest else ""
+            raise ConfigError(
+                f'no converter is called "{name}"', where="model.converters", mend=f"{hint}They are {', '.join(known)}."
+            )
+        if name not in CONVERTERS:
+            continue
+        section: Any = reduce(getattr, name.split("."), config)
+        if section.emulate and section.backend not in ("auto", "emulated"):
+            raise ConfigError(
+                f'is on, but {name}.backend = "{section.backend}"',
+                where=f"{name}.emulate",
+                mend="Leave one of them at its default.",
+            )
+        if getattr(section, "enable_fsdp_float8_all_gather", False):
+            raise ConfigError(
+                "gathering shards in FP8 is not supported yet",
+                where=f"{name}.enable_fsdp_float8_all_gather",
+                mend="Set it to false: shards are gathered in training.mixed_precision_param.",
+            )
 
 
 def _check_dataset(data: Training | Validation, section: str) -> None:

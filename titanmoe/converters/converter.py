@@ -2,26 +2,21 @@
 
 A converter is a torchao config and a handler: `register_quantize_module_handler(Config)` registers a function that
 changes one module, and torchao's `quantize_` calls it for the modules of a model that the config wants. Values in a
-state_dict stay plain tensors with the names that they had. A user's own converter is written as those here are:
-
-    @converter("my.noise")
-    @dataclass(frozen=True)
-    class Noise(Converter):
-        ...
-
-    @register_quantize_module_handler(Noise)
-    def _(module, config): ...
+state_dict stay plain tensors with the names that they had. A user's own converter is written as those here are; an
+example is in docs/low_precision.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 
+from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
 
 
@@ -29,17 +24,12 @@ class Converter(AOBaseConfig):
     """Base of converters.
 
     Attributes:
-        name: that in `model.converters`; also that of its section in the job config, if it has one.
+        name: that in `model.converters`.
         modules: what the modules that it may change are called, for people.
     """
 
     name: ClassVar[str]
     modules: ClassVar[str] = "modules"
-
-    @property
-    def backend_name(self) -> str:
-        """What computes, where there is a choice."""
-        return ""
 
     @classmethod
     def from_job(cls, config: JobConfig, device: torch.device) -> Converter:
@@ -50,29 +40,40 @@ class Converter(AOBaseConfig):
         """
         return cls()
 
+    @abstractmethod
     def may_change(self, module: nn.Module) -> bool:
-        """Whether it is a kind of module that this converter is for."""
-        return True
+        """Whether it is a kind of module that this converter is for. No such module has another one in it."""
 
-    def check(self, paths: dict[str, nn.Module]) -> None:
+    def check(self, modules: Mapping[str, nn.Module]) -> None:
         """
         Args:
-            paths: every module of the whole model, by its path.
+            modules: all of the whole model, by path.
 
         Raises:
             ConfigError: a setting names something that is not there.
         """
 
-    def obstacle(self, path: str, module: nn.Module) -> str:
-        """Why a module that may be changed stays as it is; "" if it does not.
+    def unwanted(self, path: str, module: nn.Module) -> str:
+        """Why the user has a module that may be changed stay as it is; "" if it is wanted."""
+        return ""
 
-        A reason in brackets is the user's own wish, and no obstacle to `quantize.strict`.
-        """
+    def misfit(self, module: nn.Module) -> str:
+        """Why a module that is wanted cannot be changed; "" if it can. With `quantize.strict` it is an error."""
+        return ""
+
+    @property
+    def result(self) -> str:
+        """What modules become, in a word, for the table."""
+        return self.name
+
+    @property
+    def backend_name(self) -> str:
+        """What computes, where there is a choice."""
         return ""
 
     def describe(self) -> str:
-        """What products become, such as "MXFP8, emulated"."""
-        return self.name
+        """What modules become, for the line that says how many of them there are: " in MXFP8", say."""
+        return ""
 
 
 CONVERTERS: dict[str, type[Converter]] = {}
@@ -82,10 +83,20 @@ AnyConverter = TypeVar("AnyConverter", bound=type[Converter])
 
 
 def converter(name: str) -> Callable[[AnyConverter], AnyConverter]:
-    """Give a `Converter` its name in `model.converters`."""
+    """Give a `Converter` its name in `model.converters`.
+
+    Raises:
+        ConfigError: another one has it.
+    """
 
     def register(cls: AnyConverter) -> AnyConverter:
-        assert name not in CONVERTERS, name
+        other = CONVERTERS.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(
+                f'there is a converter "{name}" already, {other.__qualname__} of {other.__module__}',
+                where=f"{cls.__qualname__} of {cls.__module__}",
+                mend="Give it another name.",
+            )
         cls.name = name
         CONVERTERS[name] = cls
         return cls

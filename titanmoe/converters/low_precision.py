@@ -5,6 +5,7 @@ They put another product in the place of the one that a module has. Weights, and
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,7 +22,8 @@ from titanmoe.converters.patterns import check_each_matches, first_match
 from titanmoe.models.linear import Linear
 from titanmoe.models.moe.experts import Experts
 from titanmoe.ops.backends import Backend, Kind, NoBackendError, NumberFormat, choose_backend
-from titanmoe.ops.float8 import Scaling
+from titanmoe.ops.emulated import EmulatedKernels
+from titanmoe.ops.float8 import BLOCK, Scaling
 from titanmoe.ops.grouped_mm import PlainGroupedProduct
 from titanmoe.ops.scaled_product import Kernels, ScaledGroupedProduct, ScaledLinearProduct
 
@@ -57,24 +59,31 @@ class LowPrecision(Converter):
             ) from error
 
     @property
+    def result(self) -> str:
+        return "MXFP8" if self.number_format == "mx" else "FP8"
+
+    @property
     def backend_name(self) -> str:
         return self.backend.name
 
     def kernels(self) -> Kernels:
         return self.backend.kernels(self.scaling)
 
-    def _misfit(self, *features: int) -> str:
-        multiple = self.kernels().feature_multiple
-        if all(number % multiple == 0 for number in features):
+    def misfit(self, module: nn.Module) -> str:
+        multiple, sizes = self.kernels().feature_multiple, self.features(module)
+        if all(size % multiple == 0 for size in sizes):
             return ""
-        return f"{' x '.join(map(str, features))} features: not all multiples of {multiple}"
+        return f"{' x '.join(map(str, sizes))}: not all multiples of {multiple}"
+
+    @abstractmethod
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """How many outputs and inputs."""
 
     def describe(self) -> str:
-        shared_by = {"tensor": "a scale per tensor", "row": "a scale per row", "block": "a scale per 32 values"}
-        number_format = "MXFP8" if self.number_format == "mx" else "FP8"
-        rounding = ", rounded down" if self.scaling.rounding == "down" else ""
+        shared_by = {"tensor": "tensor", "row": "row", "block": f"{BLOCK} values"}[self.scaling.shared_by]
+        rounding = " rounded down" if self.scaling.rounding == "down" else ""
         gradient = "" if self.rounds_weight_gradient else ", gradients of weights unrounded"
-        return f"{number_format}, {shared_by[self.scaling.shared_by]}{rounding}{gradient}"
+        return f" in {self.result} (a scale per {shared_by}{rounding}{gradient}), backend {self.backend.name}"
 
 
 class _LinearLayers(LowPrecision):
@@ -86,21 +95,26 @@ class _LinearLayers(LowPrecision):
     def may_change(self, module: nn.Module) -> bool:
         return isinstance(module, Linear)
 
-    def check(self, paths: Mapping[str, nn.Module]) -> None:
-        # A tied embedding is the output, too, and is never changed.
-        ignored = (AUTO_FILTER,) if "output" in paths else (AUTO_FILTER, "output")
-        patterns = [pattern for pattern in self.patterns if pattern not in ignored]
-        check_each_matches(patterns, list(paths), f"{self.name}.filter_fqns", "modules")
+    @property
+    def leaves_small(self) -> bool:
+        return self.number_format == "float8" and AUTO_FILTER in self.patterns
 
-    def obstacle(self, path: str, module: nn.Module) -> str:
-        assert isinstance(module, Linear)
+    def check(self, modules: Mapping[str, nn.Module]) -> None:
+        # A tied embedding is the output, too, and is never changed.
+        paths = dict.fromkeys([*modules, "output", *([AUTO_FILTER] if self.leaves_small else [])])
+        check_each_matches(self.patterns, list(paths), f"{self.name}.filter_fqns", "modules")
+
+    def unwanted(self, path: str, module: nn.Module) -> str:
         listed = first_match(path, self.patterns)
         if listed is not None:
-            return f'("{listed}" is in {self.name}.filter_fqns)'
-        num_outputs, num_inputs = module.weight.shape
-        if AUTO_FILTER in self.patterns and _is_too_small(num_outputs, num_inputs, self.scaling):
-            return f"({AUTO_FILTER}: {num_outputs} x {num_inputs} is too small to gain)"
-        return self._misfit(num_outputs, num_inputs)
+            return f'"{listed}" is in filter_fqns'
+        if self.leaves_small and _is_too_small(*self.features(module), self.scaling):
+            return f"too small to gain ({AUTO_FILTER})"
+        return ""
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, Linear)
+        return module.out_features, module.in_features
 
 
 class _GroupedProducts(LowPrecision):
@@ -112,21 +126,24 @@ class _GroupedProducts(LowPrecision):
     def may_change(self, module: nn.Module) -> bool:
         return isinstance(module, Experts)
 
-    def check(self, paths: Mapping[str, nn.Module]) -> None:
+    def check(self, modules: Mapping[str, nn.Module]) -> None:
         where = f"{self.name}.fqns"
-        experts = [path for path, module in paths.items() if self.may_change(module)]
-        if not experts:
-            raise ConfigError(f"{self.name} is for experts, and this model has none", where="model.converters")
         if not self.patterns:
-            raise ConfigError("is empty: nothing would be converted", where=where, mend='It is ["experts"] by default.')
+            raise ConfigError(
+                "the list is empty: nothing would be converted",
+                where=where,
+                mend='It is ["experts"] by default. To convert nothing, take the converter out of model.converters.',
+            )
+        experts = [path for path, module in modules.items() if self.may_change(module)]
         check_each_matches(self.patterns, experts, where, self.modules)
 
-    def obstacle(self, path: str, module: nn.Module) -> str:
+    def unwanted(self, path: str, module: nn.Module) -> str:
+        return "not in fqns" if first_match(path, self.patterns) is None else ""
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
         assert isinstance(module, Experts)
-        if first_match(path, self.patterns) is None:
-            return f"(not in {self.name}.fqns)"
         dim, hidden_dim = module.down.shape[1:]
-        return self._misfit(dim, hidden_dim)
+        return dim, hidden_dim
 
 
 @converter("quantize.linear.float8")
@@ -202,7 +219,10 @@ def _convert_experts(module: Experts, config: LowPrecision) -> Experts:
     for name in ("gate_up_product", "down_product"):
         plain = getattr(module, name)
         assert isinstance(plain, PlainGroupedProduct)
-        product = ScaledGroupedProduct(config.kernels(), config.rounds_weight_gradient, plain_kernel=plain.kernel)
+        kernels = config.kernels()
+        if isinstance(kernels, EmulatedKernels):  # it multiplies as plain products do
+            kernels = EmulatedKernels(config.scaling, plain.kernel)
+        product = ScaledGroupedProduct(kernels, config.rounds_weight_gradient, plain_kernel=plain.kernel)
         setattr(module, name, product)
     return module
 

@@ -8,6 +8,13 @@ from collections.abc import Iterable, Sequence
 
 from titanmoe.config.errors import ConfigError
 
+_TORCHTITAN = {
+    **{"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"},
+    **{"wq_a": "q_a_proj", "wq_b": "q_b_proj", "wkv_a": "kv_a_proj", "wkv_b": "kv_b_proj"},
+    **{"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+}
+"""What modules are called there, and here."""
+
 
 def matches(path: str, pattern: str) -> bool:
     """Whether `pattern` names a module or something that it is in.
@@ -44,6 +51,8 @@ def check_each_matches(patterns: Sequence[str], paths: Sequence[str], where: str
 
 
 def _suggest(pattern: str, paths: Sequence[str]) -> str:
+    """The name that torchtitan's became here, or else the nearest run of as many segments."""
+    renamed = ".".join(_TORCHTITAN.get(segment, segment) for segment in pattern.split("."))
     length = pattern.count(".") + 1
     runs = dict.fromkeys(
         ".".join(segments[start : start + length])
@@ -51,6 +60,8 @@ def _suggest(pattern: str, paths: Sequence[str]) -> str:
         for start in range(len(segments) - length + 1)
     )
     nearest = difflib.get_close_matches(pattern, [run for run in runs if not run.isdigit()], n=1, cutoff=0.5)
+    if any(matches(path, renamed) for path in paths):
+        nearest = [renamed]
     hint = f' Did you mean "{nearest[0]}"?' if nearest else ""
-    example = f' They are named like "{paths[-1]}".' if paths else ""
+    example = f' They are named like "{max(paths, key=len)}".' if paths else ""
     return f"An entry is one or more whole segments of a path.{hint}{example}"

@@ -13,19 +13,27 @@ Shape suffixes: R rows (sorted by expert), C columns, E experts.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titanmoe.ops.grouped_mm import expert_rows
+from titanmoe.ops.rows import works_in_blocks
 
 BLOCK = 32
 """Values that share a scale in MX."""
 
 _MANTISSA_BITS = 23
 _BIASED_LARGEST = 254  # of float32
+_EXPONENT_MASK = 0x7F800000
+
+_PIECE_NUMEL = 1 << 18
+"""Values that are rounded at a time on the CPU, so that intermediates stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +74,30 @@ def quantize(values: Tensor, dim: int, scaling: Scaling) -> tuple[Tensor, Tensor
 def _quantize(values: Tensor, dim: int | None, scaling: Scaling) -> tuple[Tensor, Tensor]:
     magnitudes = values.abs()
     largest = magnitudes.amax() if dim is None else magnitudes.amax(dim, keepdim=True)
-    exponent = _scale_exponent(largest.float(), scaling)
-    scale = (exponent << _MANTISSA_BITS).view(torch.float32)
-    inverse = ((_BIASED_LARGEST - exponent) << _MANTISSA_BITS).view(torch.float32)
+    scale, inverse = scales_for(largest.float(), scaling)
     quotients = values * inverse.to(values.dtype)
     if scaling.rounding == "down":
         limit = torch.finfo(scaling.dtype).max
         quotients = quotients.clamp(-limit, limit)
-    return quotients.to(scaling.dtype), torch.where(largest.isfinite(), scale, torch.nan)
+    return quotients.to(scaling.dtype), scale
+
+
+def scales_for(largest: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """The scale of values whose largest magnitude is `largest` (float32), and what to multiply them with."""
+    exponent = _scale_exponent(largest, scaling)
+    scale = (exponent << _MANTISSA_BITS).view(torch.float32)
+    inverse = ((_BIASED_LARGEST - exponent) << _MANTISSA_BITS).view(torch.float32)
+    return torch.where(largest < math.inf, scale, math.nan), inverse
 
 
 def _scale_exponent(largest: Tensor, scaling: Scaling) -> Tensor:
-    """The biased exponent of the scale, int32."""
-    largest_code = torch.finfo(scaling.dtype).max
+    """The biased exponent of the scale, int32. By integers: a division that a compiler makes faster may round up."""
+    mantissa, exponent = math.frexp(torch.finfo(scaling.dtype).max)
+    bits = largest.view(torch.int32)
     if scaling.rounding == "up":
-        bits = (largest / largest_code).view(torch.int32) + ((1 << _MANTISSA_BITS) - 1)
-        exponent = bits >> _MANTISSA_BITS
-    else:
-        exponent = (largest.view(torch.int32) >> _MANTISSA_BITS) - (int(largest_code).bit_length() - 1)
-    return exponent.clamp(1, _BIASED_LARGEST)
+        # Adds one to the exponent where the mantissa is larger than that of the largest code.
+        bits = bits + int((2 - 2 * mantissa) * (1 << _MANTISSA_BITS)) - 1
+    return ((bits >> _MANTISSA_BITS) - (exponent - 1)).clamp(1, _BIASED_LARGEST)
 
 
 def dequantize(codes: Tensor, scales: Tensor, dim: int, scaling: Scaling, dtype: torch.dtype) -> Tensor:
@@ -113,8 +126,11 @@ def _(values: Tensor, dim: int, shared_by: str, rounding: str) -> Tensor:
 @torch.library.custom_op("titanmoe::round_groups_to_float8", mutates_args=())
 def _round_groups(x_RC: Tensor, offsets_E: Tensor, shared_by: str, rounding: str) -> Tensor:
     scaling = Scaling(shared_by, rounding)  # type: ignore[arg-type]
+    groups = [rows for _, rows in expert_rows(offsets_E)]
+    if scaling.shared_by == "block" and all(rows.stop % BLOCK == 0 for rows in groups):
+        groups = [slice(0, groups[-1].stop)]  # no block is of two experts
     rounded_RC = torch.zeros_like(x_RC)
-    for _, rows in expert_rows(offsets_E):
+    for rows in groups:
         rounded_RC[rows] = _rounded(x_RC[rows], -2, scaling)
     return rounded_RC
 
@@ -135,13 +151,41 @@ def rounded_groups(x_RC: Tensor, offsets_E: Tensor, scaling: Scaling) -> Tensor:
 
 
 def _rounded(values: Tensor, dim: int, scaling: Scaling) -> Tensor:
-    size = values.shape[dim]
+    missing = -values.shape[dim] % BLOCK if scaling.shared_by == "block" else 0
+    if missing:
+        padded = F.pad(values, (0, missing) if dim == -1 else (0, 0, 0, missing))
+        return _rounded(padded, dim, scaling).narrow(dim, 0, values.shape[dim]).contiguous()
+    rounded_ = torch.empty_like(values)
     if values.numel() == 0:
-        return torch.empty_like(values)
-    if scaling.shared_by == "block" and size % BLOCK:
-        whole = size - size % BLOCK
-        pieces = (values.narrow(dim, 0, whole), values.narrow(dim, whole, size - whole))
-        by_row = Scaling("row", scaling.rounding, scaling.dtype)
-        return torch.cat([_rounded(pieces[0], dim, scaling), _rounded(pieces[1], dim, by_row)], dim)
-    codes, scales = quantize(values, dim, scaling)
-    return dequantize(codes, scales, dim, scaling, values.dtype)
+        return rounded_
+    num_sharing = {"tensor": values.numel(), "row": values.shape[dim], "block": BLOCK}[scaling.shared_by]
+    num_columns = values.shape[-1] if dim == -2 and scaling.shared_by != "tensor" else 1
+    values_ABC = values.view(-1, num_sharing, num_columns)
+    step_A = step_B = values.numel()
+    if works_in_blocks(values):
+        step_B = min(num_sharing, max(1, _PIECE_NUMEL // num_columns))
+        step_A = max(1, _PIECE_NUMEL // (num_columns * step_B))
+    for some_ABC, out_ABC in zip(values_ABC.split(step_A), rounded_.view_as(values_ABC).split(step_A), strict=True):
+        pieces_ABC = some_ABC.split(step_B, dim=1)
+        largest_A1C = functools.reduce(
+            torch.maximum, (piece_ABC.float().abs().amax(1, keepdim=True) for piece_ABC in pieces_ABC)
+        )
+        scale_A1C, inverse_A1C = scales_for(largest_A1C, scaling)
+        for piece_ABC, piece_out_ABC in zip(pieces_ABC, out_ABC.split(step_B, dim=1), strict=True):
+            quotients_ABC = piece_ABC * inverse_A1C
+            piece_out_ABC.copy_(_round_codes_(quotients_ABC, scaling).mul_(scale_A1C))
+    return rounded_
+
+
+def _round_codes_(quotients: Tensor, scaling: Scaling) -> Tensor:
+    """Cast to codes and back, in place: by hand, as torch 2.11 to 2.13 casts codes one at a time on the CPU.
+
+    Adding and subtracting a number whose last place is the distance between codes rounds as a cast does.
+    """
+    code = torch.finfo(scaling.dtype)
+    if scaling.rounding == "down":
+        quotients.clamp_(-code.max, code.max)
+    powers = quotients.abs().clamp_(min=code.smallest_normal)
+    powers.view(torch.int32).bitwise_and_(_EXPONENT_MASK)
+    powers.mul_(1.5 * code.eps * (1 << _MANTISSA_BITS))
+    return quotients.add_(powers).sub_(powers)

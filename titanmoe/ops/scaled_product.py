@@ -69,18 +69,25 @@ class LowPrecisionProduct:
         self.kernels = kernels
         self.rounds_weight_gradient = rounds_weight_gradient
         self.keeps_frozen = keeps_frozen
-        self._kept: dict[Along, tuple[weakref.ref[Tensor], int, Operand]] = {}
+        self._kept: dict[Along, tuple[weakref.ref[torch.UntypedStorage], tuple, Operand]] = {}
 
     def weights(self, w: Tensor, along: Along, is_frozen: bool) -> Operand:
-        """The weight quantised; that of a frozen weight which has not changed since is kept."""
-        if not (is_frozen and self.keeps_frozen) or w.is_inference() or torch.compiler.is_compiling():
+        """The weight quantised. What is made of a frozen one is kept until it changes or its memory is freed.
+
+        Changes are those that autograd counts: not those through `.data`, nor through a DTensor of which `w` is a part.
+        """
+        if not self.keeps_frozen or torch.compiler.is_compiling() or w.is_inference():
             return self.kernels.quantize_weights(w, along)
-        base = w if w._base is None else w._base
+        if not is_frozen:
+            self._kept.clear()
+            return self.kernels.quantize_weights(w, along)
+        storage = w.untyped_storage()
+        state = (w._version, w.storage_offset(), w.shape, w.stride())
         kept = self._kept.get(along)
-        if kept is not None and kept[0]() is base and kept[1] == base._version:
+        if kept is not None and kept[0]() is storage and kept[1] == state:
             return kept[2]
         operand = self.kernels.quantize_weights(w, along)
-        self._kept[along] = (weakref.ref(base), base._version, operand)
+        self._kept[along] = (weakref.ref(storage, lambda _: self._kept.pop(along, None)), state, operand)
         return operand
 
 
@@ -88,7 +95,9 @@ class ScaledLinearProduct(LowPrecisionProduct):
     """In the place of `F.linear`. The bias is added in the dtype of the input."""
 
     def __call__(self, x: Tensor, w_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-        y = _ScaledProduct.apply(x.flatten(0, -2), w_NK.view_as(w_NK), None, self, 0, "auto").unflatten(0, x.shape[:-1])
+        x_TK = x.reshape(-1, x.shape[-1])
+        y_TN = _ScaledProduct.apply(x_TK, w_NK.view_as(w_NK), None, self, 0, "auto")
+        y = y_TN.view(*x.shape[:-1], w_NK.shape[0])
         return y if bias_N is None else y + bias_N.to(y.dtype)
 
 
@@ -131,7 +140,9 @@ class _ScaledProduct(torch.autograd.Function):
         ctx.num_rows, ctx.plain_kernel = num_rows, plain_kernel
         rows = product.kernels.quantize_rows(x_RK.contiguous(), offsets_E)
         weights = product.weights(w, "in", not needs_dw)
-        return product.kernels.multiply(rows, weights, "in", offsets_E, num_rows).to(x_RK.dtype)
+        y_RN = product.kernels.multiply(rows, weights, "in", offsets_E, num_rows)
+        # Under torch.compile of torch 2.11, gradients through a cast that changes nothing are zero.
+        return y_RN if y_RN.dtype == x_RK.dtype else y_RN.to(x_RK.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:

@@ -33,13 +33,14 @@ from torch.utils.checkpoint import (
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.build import build_model
 from titanmoe.models.decoder import Decoder
+from titanmoe.ops.native_float8 import scaled_rows_times_weights  # noqa: F401 - defines an operator named below
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.expert import exchanging_dispatcher
 
 Result = TypeVar("Result")
 Mode = Literal["none", "full", "selective", "moe", "memory_budget"]
 
-_MATMULS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2}
+_MATMULS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2, torch.ops.aten._scaled_mm.default: 1}
 """Products, and which of their arguments is the weight, transposed."""
 
 _COSTLY = {
@@ -52,6 +53,7 @@ _COSTLY = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.titanmoe.rows_times_weights.default,
+    torch.ops.titanmoe.scaled_rows_times_weights.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,

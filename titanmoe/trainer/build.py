@@ -32,6 +32,9 @@ from titanmoe.metrics.progress import progress_bar
 from titanmoe.metrics.terminal import current_terminal
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
+from titanmoe.models.spec import num_experts
+from titanmoe.ops.backends import choose_grouped_kernel
+from titanmoe.ops.grouped_mm import PlainGroupedProduct
 from titanmoe.parallel.host_memory import move_buffers
 from titanmoe.parallel.limits import check_model_can_be_split
 from titanmoe.parallel.mesh import Mesh
@@ -231,14 +234,31 @@ class Job:
 
     def _convert(self, model: Decoder) -> None:
         """Choose what multiplies, and apply the converters; the model is on the meta device."""
+        self.ranks.on_each(partial(self._choose_grouped_kernel, model))
         config = self.config.model
         if not config.converters:
             return
-        from titanmoe.converters.apply import convert, render, summarize  # imports torchao, which takes its time
+        from titanmoe.converters.apply import convert  # imports torchao, which takes its time
 
-        rows = self.ranks.on_each(partial(convert, model, config.converters, self.config, self.world.device))
-        for line in [*summarize(rows), *(render(rows) if config.print_after_conversion else [])]:
+        conversion = self.ranks.on_each(partial(convert, model, config.converters, self.config, self.world.device))
+        for line in [*conversion.summary, *(conversion.table() if config.print_after_conversion else [])]:
             self.ranks.log(logging.INFO, line)
+
+    def _choose_grouped_kernel(self, model: Decoder) -> None:
+        if not num_experts(self.spec):
+            return
+        kernel, failure = choose_grouped_kernel(self.world.device, self.config.moe.grouped_mm_backend)
+        if failure and self.config.quantize.strict:
+            raise ConfigError(
+                f"torch.nn.functional.grouped_mm does not work here: {failure}",
+                where="quantize.strict",
+                mend='Set it to false, or moe.grouped_mm_backend = "loop": one product per expert, which is slower.',
+            )
+        if failure:
+            self.ranks.log(logging.WARNING, "one product per expert, as grouped_mm does not work here: %s", failure)
+        for _, layer in model.moe_layers():
+            layer.experts.gate_up_product = PlainGroupedProduct(kernel)
+            layer.experts.down_product = PlainGroupedProduct(kernel)
 
     def _build_checkpointer(self) -> Checkpointer | None:
         checkpoint = self.config.checkpoint

@@ -28,7 +28,8 @@ class Float8Linear:
     are computed from unrounded operands."""
 
     filter_fqns: tuple[str, ...] = ()
-    """Modules to leave as they are; `auto_filter_small_kn` leaves those too small to gain."""
+    """Modules to leave as they are, named by segments of their paths; `auto_filter_small_kn` leaves those too small to
+    gain."""
 
     backend: Literal["auto", "scaled_mm", "emulated"] = "auto"
     """What multiplies. `auto` takes the first that is tried and found right; naming one takes it untried."""
@@ -49,7 +50,7 @@ class MXLinear:
     gradients of weights are computed from unrounded operands."""
 
     filter_fqns: tuple[str, ...] = ("output",)
-    """Modules to leave as they are."""
+    """Modules to leave as they are, named by segments of their paths."""
 
     backend: Literal["auto", "torchao", "emulated"] = "auto"
     """What multiplies. `auto` takes the first that is tried and found right; naming one takes it untried."""
@@ -66,7 +67,7 @@ class Float8GroupedMM:
     """With `rowwise_with_gw_hp`, gradients of weights are computed from unrounded operands."""
 
     fqns: tuple[str, ...] = ("experts",)
-    """Modules to convert."""
+    """Modules of experts to convert, named by segments of their paths."""
 
     backend: Literal["auto", "scaled_grouped_mm", "emulated"] = "auto"
     """What multiplies. `auto` takes the first that is tried and found right; naming one takes it untried."""
@@ -83,7 +84,7 @@ class MXGroupedMM:
     """Scales are rounded up. With `mxfp8_wgrad_with_hp`, gradients of weights are computed from unrounded operands."""
 
     fqns: tuple[str, ...] = ("experts",)
-    """Modules to convert."""
+    """Modules of experts to convert, named by segments of their paths."""
 
     backend: Literal["auto", "torchao", "emulated"] = "auto"
     """What multiplies. `auto` takes the first that is tried and found right; naming one takes it untried."""
@@ -119,8 +120,8 @@ class Quantize:
     """Low precision. The settings of each converter are in a section of its name."""
 
     strict: bool = False
-    """Refuse to start where a module that was to be converted would stay as it is, or a product fall back on a slower
-    backend."""
+    """Refuse to start where a module that was to be converted would stay as it is, as its sizes do not fit, or where
+    unconverted experts fall back on a slower product."""
 
     linear: QuantizeLinear = QuantizeLinear()
     """Linear layers."""
