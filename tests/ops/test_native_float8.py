@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.native import Operands, needs_capability, poison, random_operands
+from tests.ops.native import Operands, needs_capability, poison, random_operands, scaled_grouped_mm
 from titanmoe.ops import native_float8
 from titanmoe.ops.emulated import EmulatedKernels
 from titanmoe.ops.float8 import Scaling, rounded_groups
@@ -166,25 +166,6 @@ def test_torch_refuses_other_layouts_of_experts() -> None:
     weights = kernels.quantize_weights(wide.w, "out")
     with pytest.raises(RuntimeError, match="contraction"):
         kernels.multiply(kernels.quantize_rows(wide.x, wide.offsets), weights, "in", wide.offsets, 0)
-
-
-def scaled_grouped_mm(
-    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, *, offs: Tensor, **options: Any
-) -> Tensor:
-    """What torch documents of its kernel, slowly; what it does not write is NaN."""
-    meta = (tensor.to("meta") for tensor in (a, b, a_scales, b_scales))
-    y = torch.full_like(
-        torch.ops.aten._scaled_grouped_mm(*meta, offs=offs.to("meta"), **options), torch.nan, device="cpu"
-    )
-    start = 0
-    for group, end in enumerate(offs.tolist()):
-        if b.dim() == 3:
-            y[start:end] = (a[start:end].float() @ b[group].float()) * a_scales[start:end, None] * b_scales[group]
-        elif end > start:
-            scales = a_scales.view(len(offs), -1)[group][:, None] * b_scales.view(len(offs), -1)[group]
-            y[group] = (a[:, start:end].float() @ b[start:end].float()) * scales
-        start = end
-    return y
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

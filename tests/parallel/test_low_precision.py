@@ -30,6 +30,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.kinds import WIDE
+from tests.ops.native import scaled_grouped_mm
 from tests.parallel.layouts import (
     GLOBAL_BATCH,
     PRECISIONS,
@@ -55,8 +56,8 @@ from titanmoe.ops import permute
 from titanmoe.ops.emulated import EmulatedKernels
 from titanmoe.ops.float8 import Scaling
 from titanmoe.ops.grouped_mm import PlainGroupedProduct
-from titanmoe.ops.native_float8 import Float8LinearKernels
-from titanmoe.ops.scaled_product import ScaledLinearProduct
+from titanmoe.ops.native_float8 import Float8GroupedKernels, Float8LinearKernels
+from titanmoe.ops.scaled_product import ScaledGroupedProduct, ScaledLinearProduct
 from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
 
 
@@ -317,6 +318,25 @@ def test_selective_recomputation_keeps_products(native: bool) -> None:
     none, by_op, less = (_counts(native, **options) for options in ({"mode": "none"}, MODES["by op"], MODES["less"]))
     assert by_op[product] == none[product] == less[product] - 2
     assert by_op[cast] > none[cast]
+
+
+def test_selective_recomputation_keeps_products_of_experts_with_a_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where zeros are written over rows of no expert: in what is kept, not over it."""
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", scaled_grouped_mm)
+    slots = permute._slots
+    monkeypatch.setattr(permute, "_slots", lambda *args: slots(*args[:-1], False))
+    found = []
+    for mode in ("none", "by op"):
+        model = _model(WIDE, "plain", torch.bfloat16, **MODES.get(mode, {"mode": "none"}))
+        for _, layer in model.moe_layers():
+            for name in ("gate_up_product", "down_product"):
+                setattr(layer.experts, name, ScaledGroupedProduct(Float8GroupedKernels(Scaling("row"))))
+        with _Counting() as counting:
+            grads = _backward(model)
+        found.append((grads, counting.counts[torch.ops.titanmoe.scaled_rows_times_weights.default]))
+    (grads, count), (others, count_by_op) = found
+    assert count_by_op == count > 0
+    assert not [name for name, grad in grads.items() if not torch.equal(grad, others[name])]
 
 
 # Compilation
