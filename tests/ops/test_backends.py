@@ -150,3 +150,22 @@ def test_the_plain_product_of_experts(machine: Machine) -> None:
     machine.failure = "dw is not zero for an expert without rows"
     assert choose_grouped_kernel(GPU) == ("loop", machine.failure)
     assert machine.trials == 2 * [("torch", "grouped_mm", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("arch", "hip", "kernel", "num_trials"),
+    [
+        ("gfx1201", "7.1.25424-4179531dcd", "loop", 0),
+        ("gfx1200:sramecc-:xnack-", "7.12.1", "loop", 0),
+        ("gfx1201", "7.13.0", "torch", 1),
+        ("gfx942:sramecc+:xnack-", "7.1.25424-4179531dcd", "torch", 1),
+    ],
+)
+def test_what_is_known_to_end_a_process_is_not_tried(
+    machine: Machine, arch: str, hip: str, kernel: str, num_trials: int
+) -> None:
+    machine.arch = arch
+    machine.patch.setattr(torch.version, "hip", hip)
+    found, failure = choose_grouped_kernel(GPU)
+    assert found == kernel and len(machine.trials) == num_trials
+    assert ("ROCm/TheRock#5284" in failure) == (kernel == "loop")

@@ -155,5 +155,14 @@ def choose_grouped_kernel(device: torch.device, wanted: Kernel = "auto") -> tupl
     """
     if wanted != "auto" or device.type != "cuda":
         return wanted, ""
-    failure = probe("torch", "grouped_mm", "bfloat16", device)
+    failure = _known_failure(device) or probe("torch", "grouped_mm", "bfloat16", device)
     return ("loop", failure) if failure else ("torch", "")
+
+
+def _known_failure(device: torch.device) -> str:
+    """What need not be tried: it would end the process that tries it."""
+    hip = torch.version.hip
+    if hip is None or _arch(device) not in ("gfx1200", "gfx1201"):
+        return ""
+    is_old = tuple(int(number) for number in hip.split(".")[:2]) < (7, 13)
+    return f"ROCm {hip} has no kernel for {_arch(device)} (ROCm/TheRock#5284)" if is_old else ""
