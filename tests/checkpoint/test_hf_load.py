@@ -447,7 +447,7 @@ def test_loading_takes_little_memory_beyond_the_model(tmp_path: Path, dtype: tor
     ((model_mib, beyond_mib),) = run_ranks(_peak_while_loading, 1, tmp_path, dtype)
     assert model_mib > 140
     # Four threads that stage 4 MiB each and what their allocators keep. A stacked parameter is 90 MiB, the file 300.
-    assert beyond_mib < 75
+    assert beyond_mib < 85
 
 
 def _write_zeros(path: Path, spec: DecoderSpec) -> None:
