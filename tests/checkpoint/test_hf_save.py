@@ -484,8 +484,10 @@ def test_saving_takes_little_memory_beyond_the_model(tmp_path: Path, family: Fam
 
 @needs_proc
 def test_on_two_ranks_saving_gathers_one_parameter_at_a_time(tmp_path: Path) -> None:
-    peaks = run_ranks(_peak_while_saving, 2, tmp_path / "model", torch.bfloat16, FAMILY)
+    # The least of three: what a busy machine adds is not what is measured.
+    runs = [run_ranks(_peak_while_saving, 2, tmp_path / f"model{run}", torch.bfloat16, FAMILY) for run in range(3)]
+    peaks = min(runs, key=lambda peaks: peaks[0][1])
     assert all(145 < model_mib < 200 for model_mib, _ in peaks)
     # A layer is 142 MiB, of which 90 are one parameter; the whole model is 298.
-    assert 80 < peaks[0][1] < 138  # 121 to 130 were seen
+    assert 80 < peaks[0][1] < 125
     assert peaks[1][1] < 20

@@ -19,11 +19,14 @@ def _huge_kib() -> int:
 
 @pytest.mark.skipif(not _SETTING.exists() or "[never]" in _SETTING.read_text(), reason="the system has no huge pages")
 def test_a_new_tensor_gets_them() -> None:
-    tensor = torch.empty(64 << 20, dtype=torch.uint8)
-    prefer_huge_pages(tensor)
-    before = _huge_kib()
-    tensor.fill_(7)
-    assert _huge_kib() - before >= 8 << 10  # not all of it, where other processes have left too few
+    gained = []
+    for _ in range(3):  # other processes may have left too few for one of them
+        tensor = torch.empty(64 << 20, dtype=torch.uint8)
+        prefer_huge_pages(tensor)
+        before = _huge_kib()
+        tensor.fill_(7)
+        gained.append(_huge_kib() - before)
+    assert max(gained) >= 32 << 10
     assert (tensor == 7).all()
 
 
