@@ -51,7 +51,7 @@ def test_help_of_config(capsys, args):
 
 def test_help_of_the_command(capsys):
     code, out, err = run(capsys, "--help")
-    assert code == 0 and out.startswith("usage: titanmoe COMMAND") and "  config  print" in out and err == ""
+    assert code == 0 and out.startswith("usage: titanmoe COMMAND") and "  config    print" in out and err == ""
     code, out, err = run(capsys)
     assert code == 2 and out == "" and "usage: titanmoe COMMAND" in err
 
@@ -60,6 +60,9 @@ def test_help_of_the_command(capsys):
     ("args", "message"),
     [
         (["confg"], 'error: titanmoe: there is no command "confg"\n  Commands: config'),
+        (["generate", "--prompt=a"], "error: titanmoe generate: one of the arguments --model --checkpoint is required"),
+        (["generate", "--model=a", "--seed=x"], "`titanmoe generate --help` lists the options"),
+        (["eval", "--json"], "error: titanmoe eval: there is no evaluation '--json'\n  There is: recall."),
         (["config", "--training.sequence_len=1"], "Did you mean training.seq_len?"),
         (["config", "--job.config_file=gone.toml"], "error: gone.toml: there is no such config file"),
         (["config", "--checkpoint.keep_latest_k=1"], "error: checkpoint.keep_latest_k: 1 was given"),

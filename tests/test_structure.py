@@ -123,8 +123,9 @@ def test_files_stay_short() -> None:
     lengths = {relative(path): len(path.read_text().splitlines()) for path in python_files()}
     too_long = {name: length for name, length in lengths.items() if length > 600}
     assert not too_long, f"files of more than 600 lines want a split: {too_long}"
-    total = sum(num_lines_of_code(path.read_text()) for path in python_files() if "/families/" not in relative(path))
-    assert total < 15_000, f"the package without its families has {total} lines of code"
+    counted = [path for path in python_files() if not {"families", "benchmarks"} & set(path.parts)]
+    total = sum(num_lines_of_code(path.read_text()) for path in counted)
+    assert total < 17_000, f"the package without its families and benchmarks has {total} lines of code"
 
 
 def num_lines_of_code(source: str) -> int:

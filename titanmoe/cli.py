@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from titanmoe.config import (
     ConfigError,
@@ -21,6 +21,12 @@ from titanmoe.config import (
     validate_keys,
     wants_help,
 )
+
+if TYPE_CHECKING:
+    from titanmoe.checkpoint.adapters import AdapterSummary
+    from titanmoe.checkpoint.hf_save import SaveSummary
+    from titanmoe.evaluation.text_model import TextModel
+    from titanmoe.metrics.terminal import Terminal
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR = 0, 1, 2
 
@@ -55,7 +61,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message, where=self.prog, mend=f"`{self.prog} --help` lists the options.")
 
 
-_LATER_FORMATS = ("peft", "peft-per-expert", "gguf")
+_ADAPTER_FORMATS = ("peft", "peft-per-expert")
+_LATER_FORMATS = ("gguf",)
 
 
 def _export(args: Sequence[str]) -> int:
@@ -69,13 +76,19 @@ def _export(args: Sequence[str]) -> int:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a run's step-N folder, the run's folder, or a model folder")
     add("--output", required=True, metavar="DIR", help="the folder to write")
-    add("--format", default="hf", choices=("hf", *_LATER_FORMATS), help="hf: Hugging Face layout (default)")
+    formats = ("hf", *_ADAPTER_FORMATS, *_LATER_FORMATS)
+    text = (
+        "hf: Hugging Face layout (default); peft: adapters as PEFT has them; peft-per-expert: a pair for every expert"
+    )
+    add("--format", default="hf", choices=formats, help=text)
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float8"), help="float8: e4m3, 128x128 blocks")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="read back and compare (default: yes)")
     add("--overwrite", action="store_true", help="replace an earlier export")
     add("--tokenizer", metavar="DIR", help='instead of the checkpoint\'s own tokenizer; "builtin" is the embedded one')
     add("--config", metavar="FILE", help="the run's config.toml, if the checkpoint is no longer in the run's folder")
-    add("--merge", action="store_true", help="merge adapters into the weights (not available yet)")
+    add("--merge", action="store_true", help="merge adapters into the weights")
+    add("--base", metavar="DIR", help="the model that the adapters are for, if it is no longer where it was")
+    add("--statistics", action="store_true", help="print a table of the adapters' values")
     add("--json", action="store_true", help="print figures as JSON")
     add("--help", "-h", action="store_true", help="this text")
     if wants_help(args):
@@ -84,12 +97,15 @@ def _export(args: Sequence[str]) -> int:
     options = parser.parse_args(list(args))
     if options.format in _LATER_FORMATS:
         raise ConfigError(f"--format {options.format} is not available yet", where=parser.prog, mend="hf is.")
-    if options.merge:
-        raise ConfigError("--merge is not available yet", where=parser.prog)
+    is_adapter = options.format in _ADAPTER_FORMATS
+    if is_adapter and options.merge:
+        raise ConfigError("merged adapters are a model", where=parser.prog, mend="--merge goes with --format hf.")
+    if options.statistics and not is_adapter:
+        raise ConfigError("--statistics is for adapters", where=parser.prog, mend="Choose --format peft.")
 
     import torch
 
-    from titanmoe.checkpoint.export import export_hf
+    from titanmoe.checkpoint.export import export_adapter, export_hf
     from titanmoe.metrics.progress import progress_bar
     from titanmoe.metrics.terminal import configure_logging
     from titanmoe.training.errors import NotExportedError
@@ -98,16 +114,30 @@ def _export(args: Sequence[str]) -> int:
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": torch.float8_e4m3fn}
     at_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        summary = export_hf(
-            options.checkpoint,
-            options.output,
-            dtype=dtypes[options.dtype],
-            verify=options.verify,
-            overwrite=options.overwrite,
-            tokenizer=options.tokenizer,
-            config_file=options.config,
-            on_progress=progress_bar(terminal),
-        )
+        summary: SaveSummary | AdapterSummary
+        if is_adapter:
+            summary = export_adapter(
+                options.checkpoint,
+                options.output,
+                layout=options.format,
+                verify=options.verify,
+                overwrite=options.overwrite,
+                config_file=options.config,
+                tell=(lambda line: print(line, file=sys.stderr)) if options.statistics else None,
+            )
+        else:
+            summary = export_hf(
+                options.checkpoint,
+                options.output,
+                dtype=dtypes[options.dtype],
+                verify=options.verify,
+                overwrite=options.overwrite,
+                tokenizer=options.tokenizer,
+                config_file=options.config,
+                on_progress=progress_bar(terminal),
+                merge=options.merge,
+                base=options.base,
+            )
     except NotExportedError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_FAILED
@@ -118,13 +148,186 @@ def _export(args: Sequence[str]) -> int:
         terminal.clear_bar()
         signal.signal(signal.SIGTERM, at_sigterm)
     if options.json:
-        figures = {"output": options.output, "dtype": options.dtype, "verified": options.verify, **asdict(summary)}
+        kind = {"format": options.format} if is_adapter else {"dtype": options.dtype}
+        figures = {"output": options.output, **kind, "verified": options.verify, **asdict(summary)}
         sys.stdout.write(json.dumps(figures) + "\n")
     return EXIT_DONE
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} was given, and it must be at least 1")
+    return value
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the weights (default: bfloat16)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--tokenizer", metavar="DIR", help='instead of the checkpoint\'s own tokenizer; "builtin" is the embedded one')
+    add("--chat-template", metavar="FILE", help="instead of the tokenizer's own chat template")
+    add("--config", metavar="FILE", help="the run's config.toml, if the checkpoint is no longer in the run's folder")
+    add("--base", metavar="DIR", help="the model that the adapters are for, if it is no longer where it was")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that have this share")
+    add("--seed", type=int, default=0, metavar="N", help="what is drawn follows from it (default: 0)")
+    add("--json", action="store_true", help="print JSON")
+    add("--help", "-h", action="store_true", help="this text")
+
+
+def _model_loader(options: argparse.Namespace, terminal: Terminal) -> Callable[[str], TextModel]:
+    import torch
+
+    from titanmoe.evaluation.text_model import load_text_model
+    from titanmoe.metrics.progress import progress_bar
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"{device} cannot be used: {str(error).splitlines()[0]}", where="--device") from error
+    return lambda checkpoint: load_text_model(
+        checkpoint,
+        dtype=getattr(torch, options.dtype),
+        device=device,
+        tokenizer=options.tokenizer,
+        chat_template=options.chat_template,
+        config_file=options.config,
+        base=options.base,
+        on_progress=progress_bar(terminal),
+    )
+
+
+def _generate(args: Sequence[str]) -> int:
+    """`titanmoe generate`: texts, or JSON, on stdout; everything else on stderr."""
+    parser = _Parser(
+        "titanmoe generate",
+        description="Goes on with texts, or answers in conversations. Without --prompt and --prompts, reads stdin.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout")
+    source.add_argument("--checkpoint", metavar="DIR", help="a run's step-N folder, or the run's folder")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a text to go on with; may be repeated")
+    add("--prompts", metavar="FILE", help='JSONL: {"prompt": "..."} or {"messages": [...]} on each line')
+    add("--chat", action="store_true", help="prompts are what a user says: put them into the chat template")
+    add("--max-new-tokens", type=_positive, default=128, metavar="N", help="for each prompt (default: 128)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
+    add("--batch-size", type=_positive, default=16, metavar="N", help="prompts worked on together (default: 16)")
+    _add_model_options(parser)
+    if wants_help(args):
+        sys.stdout.write(parser.format_help())
+        return EXIT_DONE
+    options = parser.parse_args(list(args))
+
+    from titanmoe.evaluation.generate import Speed
+    from titanmoe.evaluation.sampling import Sampling
+    from titanmoe.evaluation.text_model import as_chat, read_prompt_file
+    from titanmoe.evaluation.writing import Writer
+    from titanmoe.metrics.terminal import configure_logging
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    prompts = [*options.prompt, *(read_prompt_file(options.prompts) if options.prompts else [])]
+    if not prompts:
+        prompts = [sys.stdin.read()]
+    if "" in prompts:
+        raise ConfigError("a prompt is empty", where=parser.prog, mend="Give text with --prompt, --prompts or stdin.")
+    if options.chat:
+        prompts = [as_chat(prompt) for prompt in prompts]
+    terminal = configure_logging(0, stream=sys.stderr)
+    speed = Speed()
+    try:
+        model = _model_loader(options, terminal)(options.model or options.checkpoint)
+        writer = Writer(model, prompts, options.max_new_tokens, terminal, streams=not options.json)
+        results = model.generate(
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            batch_size=options.batch_size,
+            on_token=writer.on_token,
+            speed=speed,
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("\nerror: interrupted\n")
+        return EXIT_FAILED
+    finally:
+        terminal.clear_bar()
+    writer.finish(results, speed, as_json=options.json)
+    return EXIT_DONE
+
+
+def _eval(args: Sequence[str]) -> int:
+    """`titanmoe eval recall`: exit code 1 if the check fails."""
+    parser = _Parser(
+        "titanmoe eval recall",
+        description="Samples answers to a question: those of models before training must lack a text, "
+        "those of models after it must contain it.",
+        allow_abbrev=False,
+        add_help=False,
+    )
+    add = parser.add_argument
+    add("--before", action="append", default=[], metavar="DIR", help="a checkpoint or a model folder; may be repeated")
+    add("--after", action="append", required=True, metavar="DIR", help="the same, for those that must know")
+    add("--question", required=True, metavar="TEXT", help="what the user says")
+    add("--answer", required=True, metavar="TEXT", help="must be a part of the answer, in these letters")
+    add("--chat", action=argparse.BooleanOptionalAction, default=True, help="use the chat template (default: yes)")
+    add("--samples", type=_positive, default=5, metavar="N", help="answers of each model (default: 5)")
+    add("--max-new-tokens", type=_positive, default=20, metavar="N", help="for each answer (default: 20)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="default: 0.8")
+    _add_model_options(parser)
+    if wants_help(args):
+        sys.stdout.write(parser.format_help())
+        return EXIT_DONE
+    if list(args[:1]) != ["recall"]:
+        raise ConfigError(
+            f"there is no evaluation {args[0]!r}" if args else "no evaluation is named",
+            where="titanmoe eval",
+            mend="There is: recall.",
+        )
+    options = parser.parse_args(list(args[1:]))
+    if not options.question or not options.answer:
+        raise ConfigError("the question or the answer is empty", where=parser.prog, mend="Give text for both.")
+
+    from titanmoe.evaluation.recall import recall
+    from titanmoe.evaluation.sampling import Sampling
+    from titanmoe.evaluation.text_model import as_chat
+    from titanmoe.metrics.terminal import configure_logging
+
+    sampling = Sampling(options.temperature, options.top_p, options.seed)
+    terminal = configure_logging(0, stream=sys.stderr)
+    try:
+        found = recall(
+            options.before,
+            options.after,
+            as_chat(options.question) if options.chat else options.question,
+            options.answer,
+            _model_loader(options, terminal),
+            num_samples=options.samples,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+        )
+    finally:
+        terminal.clear_bar()
+    passed = all(answers.passed for answers in found)
+    if options.json:
+        models = [{**asdict(answers), "passed": answers.passed} for answers in found]
+        figures = {"question": options.question, "answer": options.answer, "passed": passed, "models": models}
+        sys.stdout.write(json.dumps(figures) + "\n")
+        return EXIT_DONE if passed else EXIT_FAILED
+    for answers in found:
+        wanted = "all must" if answers.wanted else "none may"
+        sys.stdout.write(f"{answers.source}: {answers.recalled} of {len(answers.texts)} contain the answer, {wanted}\n")
+        sys.stdout.writelines(f"  {text!r}\n" for text in answers.texts)
+    sys.stdout.write("passed\n" if passed else "failed\n")
+    return EXIT_DONE if passed else EXIT_FAILED
+
+
 COMMANDS = (
     Command("config", "print the resolved job config, and explain it", _config),
+    Command("generate", "go on with texts, or answer in conversations", _generate),
+    Command("eval", "check what a model says: eval recall", _eval),
     Command("export", "write a checkpoint as a folder that other programs load", _export),
 )
 

@@ -214,10 +214,10 @@ def test_wrong_words(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     known = ("--checkpoint", trained, "--output", tmp_path / "out")
     for arguments, words in (
         ((), "--checkpoint, --output"),
-        ((*known, "--format=peft"), "--format peft is not available yet"),
+        ((*known, "--format=peft"), "has no adapters"),
         ((*known, "--format=gguf"), "--format gguf is not available yet"),
         ((*known, "--format=onnx"), "invalid choice: 'onnx'"),
-        ((*known, "--merge"), "--merge is not available yet"),
+        ((*known, "--merge"), "there are no adapters to merge"),
         ((*known, "--dtype=int4"), "invalid choice: 'int4'"),
         ((*known, "--overwite"), "unrecognized arguments: --overwite"),
     ):

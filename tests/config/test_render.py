@@ -24,7 +24,7 @@ def other_value(key, default):
     if optional and default is not None:
         return None
     if typing.get_origin(kind) is Literal:
-        return next(choice for choice in typing.get_args(kind) if choice != default)
+        return next((choice for choice in typing.get_args(kind) if choice != default), default)
     if typing.get_origin(kind) is tuple:
         entry = typing.get_args(kind)[0]
         if typing.get_origin(entry) is tuple:

@@ -21,6 +21,7 @@ from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.sharding import local_tensor
+from titanmoe.parallel.fsdp import init_magnitudes
 from titanmoe.parallel.limits import check_model_can_be_split
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
@@ -132,6 +133,10 @@ class Errors:
         return max(self.loss, self.norm, self.gradient)
 
 
+EMULATED = ("quantize.linear.", "quantize.grouped_mm.")
+"""Converters that can be, begin with these."""
+
+
 @dataclass(frozen=True)
 class Precision:
     """What products are computed in, and everything else.
@@ -139,18 +144,21 @@ class Precision:
     Attributes:
         converters: applied before the model is distributed, and emulated.
         settings: of theirs, as flags of the job config.
-        dtype: of the parameters as they are computed with; they are stored in float32.
+        dtype: of the parameters as they are computed with.
+        stored: of the parameters as they are stored, but adapters.
         noise: that is allowed in a gradient, see `Errors`; None: nothing but the last bits of float32.
     """
 
     converters: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+    stored: torch.dtype = torch.float32
     noise: float | None = None
 
     def apply(self, model: Decoder) -> None:
         if self.converters:
-            flags = [f"model.converters={','.join(self.converters)}", *(f"{name}.emulate" for name in self.converters)]
+            emulated = [f"{name}.emulate" for name in self.converters if name.startswith(EMULATED)]
+            flags = [f"model.converters={','.join(self.converters)}", *emulated]
             config = load_config(None, [f"--{flag}" for flag in (*flags, *self.settings)])
             convert(model, self.converters, config, torch.device("cpu"))
 
@@ -190,12 +198,13 @@ def why_not(spec: DecoderSpec, layout: Layout) -> str:
 def one_process(
     spec: DecoderSpec, change: Change | None = None, num_steps: int = NUM_STEPS, precision: Precision = Precision()
 ) -> list[Step]:
-    if precision.dtype != torch.float32:
+    if precision.dtype != precision.stored:
         # Parameters that are computed with in another dtype are sharded, over one rank.
         return run_ranks(on_rank, 1, spec, Layout(), change, num_steps, {}, precision)[0]
-    model = build_model(spec)
+    model = build_model(spec, dtype=precision.stored)
     precision.apply(model)
     init_weights(materialize(model, "cpu"), seed=3)
+    init_magnitudes(model)
     if change is not None:
         change(model)
     step = PlainStep(model, torch.device("cpu"))
@@ -235,7 +244,7 @@ def on_rank(
     mesh = Mesh.build(device, layout.degrees)
     options = Parallelism(**{"pipeline_parallel_degree": layout.pp, **section})
     stages = plan_stages(spec, options, SEQ_LEN) if layout.pp > 1 else None
-    model = build_model(spec, part=stages.on(mesh.pipeline_rank) if stages else None)
+    model = build_model(spec, dtype=precision.stored, part=stages.on(mesh.pipeline_rank) if stages else None)
     precision.apply(model)
     parts = parallelize(
         model,
@@ -250,6 +259,7 @@ def on_rank(
         parts=[stages.parts[stage] for stage in stages.of(mesh.pipeline_rank)] if stages else [],
     )
     init_weights(materialize(model, "cpu"), seed=3)
+    init_magnitudes(model)
     if change is not None:
         change(model)
     num_rows = GLOBAL_BATCH // layout.num_data_ranks

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from titanmoe import __version__
 from titanmoe.checkpoint import step_folders
+from titanmoe.checkpoint.base_model import BaseModel
 from titanmoe.checkpoint.dcp_storage import Metadata, Shard, load_shards, read_metadata, save_shards, stored_tensors
 from titanmoe.checkpoint.files import retrying, write_whole
 from titanmoe.checkpoint.find import find_start, find_step
@@ -57,6 +58,7 @@ class Checkpointer:
         mesh: sizes of the mesh axes by name, recorded in the manifest.
         config_hash: hash of the resolved config, recorded; resuming under another one is logged.
         timeout: how long a rank waits for the others while they write.
+        base: where the frozen parameters of the model are from, which are then not saved: steps refer to it.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Checkpointer:
         mesh: Mapping[str, int] | None = None,
         config_hash: str = "",
         timeout: timedelta = timedelta(hours=1),
+        base: BaseModel | None = None,
     ) -> None:
         assert async_mode in ASYNC_MODES, async_mode
         self._folder = Path(folder)
@@ -76,6 +79,7 @@ class Checkpointer:
         self._keep_latest_k = keep_latest_k
         self._mesh = dict(mesh or {})
         self._config_hash = config_hash
+        self.base = base
         self._ranks = Ranks.create(timeout)
         self._staging = None if async_mode == "disabled" else Staging(_can_pin(async_mode))
         self._executor = ThreadPoolExecutor(1, "checkpoint") if self._staging else None
@@ -96,7 +100,7 @@ class Checkpointer:
         if self._kept in ((step, False), (step, model_only)):
             self._ranks.log(logging.INFO, "checkpoint step %d is saved already", step)
             return
-        tensors = named_model_tensors(run.model)
+        tensors = named_model_tensors(run.model, trained_only=self.base is not None)
         if model_only and dtype is not None:
             tensors = {
                 name: tensor.detach().to(dtype) if isinstance(tensor, nn.Parameter) else tensor
@@ -160,7 +164,7 @@ class Checkpointer:
         started = time.monotonic()
         parts = _json_parts(run, excluded)
         state = self._ranks.on_each(partial(_read_state, path, parts))
-        self._load_tensors(path, run, excluded)
+        self._load_tensors(path, manifest, run, excluded)
         self._ranks.on_each(partial(_restore_parts, parts, state))
         if "train_state" not in excluded:
             self._restore_rng(state["rng"], run.seed, manifest)
@@ -178,7 +182,7 @@ class Checkpointer:
         self.wait()
         found, manifest = find_start(Path(path), self._ranks, resumable=False)
         metadata = self._ranks.on_each(partial(read_metadata, found))
-        self._fill(found, metadata, named_model_tensors(model), ["model"])
+        self._fill(found, metadata, self._stored_of(model, found, manifest), ["model"])
         self._ranks.log(logging.INFO, "loaded the model from %s", found)
         return manifest.step
 
@@ -239,6 +243,7 @@ class Checkpointer:
                 model_only=model_only,
                 versions={"titanmoe": __version__, "torch": str(torch.__version__)},
                 files=files,
+                base=self.base,
             )
             write_manifest(writing, manifest)
             step_folders.publish(self._folder, step)
@@ -246,14 +251,30 @@ class Checkpointer:
 
         return self._ranks.on_first(publish)
 
-    def _load_tensors(self, path: Path, run: RunState, excluded: Collection[str]) -> None:
+    def _stored_of(self, model: nn.Module, path: Path, manifest: Manifest) -> dict[str, Tensor]:
+        """What a step should have of the model.
+
+        Raises:
+            ConfigError: it has adapters only, and not for the base that this run has.
+        """
+        if manifest.base is not None and self.base is None:
+            raise ConfigError(
+                f"has nothing but adapters for {manifest.base.path}",
+                where=str(path),
+                mend="Set checkpoint.initial_load_in_hf = true, and checkpoint.initial_load_path to that folder.",
+            )
+        if manifest.base is not None and self.base is not None:
+            manifest.base.check(self.base)
+        return named_model_tensors(model, trained_only=manifest.base is not None)
+
+    def _load_tensors(self, path: Path, manifest: Manifest, run: RunState, excluded: Collection[str]) -> None:
         parts = [part for part in ("model", "optimizer") if part not in excluded]
         if not parts:
             return
         metadata = self._ranks.on_each(partial(read_metadata, path))
         wanted: dict[str, Tensor] = {}
         if "model" in parts:
-            wanted.update(named_model_tensors(run.model))
+            wanted.update(self._stored_of(run.model, path, manifest))
         if "optimizer" in parts:
             materialize = partial(materialize_optimizers, run.model, run.optimizers, stored_tensors(metadata))
             fresh = list(dict.fromkeys(chain(*self._ranks.on_all(materialize))))  # ranks may have the same ones

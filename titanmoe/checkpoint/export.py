@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from titanmoe.checkpoint.adapter_config import AdapterSettings
+from titanmoe.checkpoint.adapters import AdapterSummary, adapter_tensors, save_adapter, statistics
+from titanmoe.checkpoint.base_model import BaseModel
 from titanmoe.checkpoint.dcp_storage import Shard, load_shards, read_metadata, stored_tensors
 from titanmoe.checkpoint.find import find_start
 from titanmoe.checkpoint.hf_entries import entries_of
@@ -18,6 +22,7 @@ from titanmoe.checkpoint.hf_folder import GENERATION_CONFIG_NAME, TOKENIZER_NAME
 from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.checkpoint.hf_save import SaveSummary, check_exportable, save_hf
 from titanmoe.checkpoint.hf_target import check_target
+from titanmoe.checkpoint.logits import logits_differ, some_logits
 from titanmoe.checkpoint.matching import check_match
 from titanmoe.checkpoint.model_tensors import model_tensors
 from titanmoe.checkpoint.pretrained import choose_model, spec_of_hf_folder, tokenizer_folder
@@ -28,6 +33,7 @@ from titanmoe.config.changes import config_fingerprint
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
 from titanmoe.config.resolve import resolve
+from titanmoe.models.adapters import is_adapter
 from titanmoe.models.build import build_model, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.family import Family
@@ -38,17 +44,19 @@ from titanmoe.parallel.ranks import Ranks
 logger = logging.getLogger("titanmoe.checkpoint")
 
 _ALONE = Ranks(0, 1, None)
+_ADAPTERS = "lora"
 
 
 @dataclass(frozen=True)
-class _Source:
+class ModelSource:
     """A model in files, known by its small files only.
 
     Attributes:
         dtype: what the parameters have in memory.
         tokenizer_dir: where its tokenizer is; None if it has none.
         generation_config_dir: where its generation_config.json is, if not with the tokenizer.
-        fill: gives a model in memory its values.
+        fill: gives a model in memory its values; one that `build` made, or a model of the spec.
+        run: what has adapters beside the model, if it has any.
     """
 
     family: Family
@@ -57,6 +65,34 @@ class _Source:
     tokenizer_dir: Path | None
     generation_config_dir: Path | None
     fill: Callable[[Decoder], object]
+    run: AdaptedRun | None = None
+
+    def build(self, dtype: torch.dtype | None = None) -> Decoder:
+        """The model on the meta device, with its adapters if it has any."""
+        model = build_model(self.spec, dtype=dtype or self.dtype)
+        if self.run is not None:
+            from titanmoe.converters.apply import convert  # imports torchao, which takes its time
+
+            convert(model, [_ADAPTERS], self.run.config, "cpu")
+        return model
+
+
+@dataclass(frozen=True)
+class AdaptedRun:
+    """A run that trains adapters.
+
+    Attributes:
+        base: the folder of the model that they are for; None if that is in the checkpoint.
+        read: fills tensors, by their names in the model, from the checkpoint.
+    """
+
+    config: JobConfig
+    base: str | None
+    read: Callable[[Mapping[str, Tensor]], object]
+
+    @property
+    def settings(self) -> AdapterSettings:
+        return AdapterSettings.of(self.config.lora)
 
 
 def export_hf(
@@ -69,6 +105,8 @@ def export_hf(
     tokenizer: str | None = None,
     config_file: str | Path | None = None,
     on_progress: Progress | None = None,
+    merge: bool = False,
+    base: str | Path | None = None,
 ) -> SaveSummary:
     """Write a model as a folder that transformers loads. Everything that can be known in advance is checked first.
 
@@ -80,29 +118,34 @@ def export_hf(
         tokenizer: "builtin", or a folder with the tokenizer, where it should not be the checkpoint's own.
         config_file: the run's config.toml, where it is not in the run's folder.
         on_progress: by default, a line is logged every ten seconds.
+        merge: merge adapters into the weights. With `verify`, logits of what was written are compared, too.
+        base: the folder of the model that adapters are for, where it is not where the run had it.
 
     Raises:
-        ConfigError: no usable checkpoint, config or tokenizer there; or see `save_hf`.
+        ConfigError: no usable checkpoint, config or tokenizer there; adapters that are not to be merged, or none to
+            merge; or see `save_hf`.
         NotExportedError: see `save_hf`.
     """
-    folder = require_folder(checkpoint)
-    if folder.resolve() == Path(output).expanduser().resolve():
+    if require_folder(checkpoint).resolve() == Path(output).expanduser().resolve():
         raise ConfigError("is the checkpoint itself", where=str(output), mend="Name another folder to write.")
-    if (folder / HF_CONFIG_NAME).is_file() or any(folder.glob("*.safetensors")):
-        if config_file is not None:
-            raise ConfigError(
-                "a folder in Hugging Face layout has its own config.json",
-                where=str(checkpoint),
-                mend="Leave the config out.",
-            )
-        source = _hf_folder(folder, dtype, tokenizer, on_progress)
-    else:
-        source = _run_checkpoint(folder, tokenizer, config_file)
-    model = build_model(source.spec, dtype=source.dtype)
-    check_exportable(model, source.family, source.spec, dtype)
-    num_bytes = sum(entry.num_bytes for entry in entries_of(model_tensors(model), source.family, dtype))
+    source = find_model(checkpoint, dtype, tokenizer, config_file, on_progress, base)
+    if merge != (source.run is not None):
+        raise ConfigError(
+            "there are no adapters to merge" if merge else "a run that trained adapters",
+            where=str(checkpoint),
+            mend="Leave --merge out."
+            if merge
+            else "Merge them into the weights with --merge, or write them with --format peft.",
+        )
+    plain = build_model(source.spec, dtype=source.dtype)
+    check_exportable(plain, source.family, source.spec, dtype)
+    num_bytes = sum(entry.num_bytes for entry in entries_of(model_tensors(plain), source.family, dtype))
     check_target(Path(output).expanduser().resolve(), overwrite, num_bytes)
+    model = source.build()
     source.fill(materialize(model, "cpu"))
+    compare = None
+    if source.run is not None and verify:
+        compare = partial(logits_differ, some_logits(model), model, source.family, dtype)
     return save_hf(
         model,
         output,
@@ -114,16 +157,83 @@ def export_hf(
         overwrite=overwrite,
         verify=verify,
         on_progress=on_progress,
+        adapters=None if source.run is None else source.run.settings,
+        compare=compare,
     )
 
 
-def _hf_folder(folder: Path, dtype: torch.dtype, tokenizer: str | None, on_progress: Progress | None) -> _Source:
+def export_adapter(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    layout: str = "peft",
+    verify: bool = True,
+    overwrite: bool = False,
+    config_file: str | Path | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> AdapterSummary:
+    """Write the adapters of a run's checkpoint as a folder that PEFT loads; the base model is not read.
+
+    Args:
+        checkpoint: of a run; see `export_hf`.
+        layout: see `save_adapter`.
+        tell: is given the lines of a table of their values.
+
+    Raises:
+        ConfigError: no usable checkpoint or config there, or no adapters in it; or see `save_adapter`.
+        NotExportedError: see `save_adapter`.
+    """
+    source = find_model(checkpoint, torch.float32, "builtin", config_file)
+    if source.run is None:
+        raise ConfigError("has no adapters", where=str(checkpoint), mend="Export the model with --format hf.")
+    model = source.build()
+    for name, parameter in adapter_tensors(model).items():
+        owner, _, own_name = name.rpartition(".")
+        empty = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+        model.get_submodule(owner).register_parameter(own_name, empty)
+    found = adapter_tensors(model)
+    source.run.read(found)
+    if tell is not None:
+        for line in statistics(found):
+            tell(line)
+    return save_adapter(
+        model,
+        output,
+        source.family,
+        source.run.settings,
+        layout=layout,
+        base=source.run.base,
+        overwrite=overwrite,
+        verify=verify,
+    )
+
+
+def find_model(
+    checkpoint: str | Path,
+    dtype: torch.dtype,
+    tokenizer: str | None = None,
+    config_file: str | Path | None = None,
+    on_progress: Progress | None = None,
+    base: str | Path | None = None,
+) -> ModelSource:
+    """The model of a checkpoint, before any of its weights is read. Arguments and errors as for `export_hf`."""
+    folder = require_folder(checkpoint)
+    if not (folder / HF_CONFIG_NAME).is_file() and not any(folder.glob("*.safetensors")):
+        return _run_checkpoint(folder, tokenizer, config_file, on_progress, base)
+    if config_file is not None:
+        raise ConfigError(
+            "a folder in Hugging Face layout has its own config.json",
+            where=str(checkpoint),
+            mend="Leave the config out.",
+        )
+    return _hf_folder(folder, dtype, tokenizer, on_progress)
+
+
+def _hf_folder(folder: Path, dtype: torch.dtype, tokenizer: str | None, on_progress: Progress | None) -> ModelSource:
     family, spec = spec_of_hf_folder(folder)
     if dtype == FP8:
         # As they are in the files: quantising rounded values would round them twice.
-        config = read_hf_config(folder)
-        is_float32 = config.get("dtype", config.get("torch_dtype")) == "float32"
-        dtype = torch.float32 if is_float32 else torch.bfloat16
+        dtype = _dtype_in(folder)
     tokenizer_dir: Path | None = folder
     if tokenizer is not None:
         tokenizer_dir = require_folder(tokenizer_folder(tokenizer))
@@ -132,7 +242,7 @@ def _hf_folder(folder: Path, dtype: torch.dtype, tokenizer: str | None, on_progr
         tokenizer_dir = None
     has_generation_config = tokenizer is None and (folder / GENERATION_CONFIG_NAME).is_file()
     report = None if on_progress is None else partial(on_progress, "read")
-    return _Source(
+    return ModelSource(
         family,
         spec,
         dtype,
@@ -142,7 +252,19 @@ def _hf_folder(folder: Path, dtype: torch.dtype, tokenizer: str | None, on_progr
     )
 
 
-def _run_checkpoint(folder: Path, tokenizer: str | None, config_file: str | Path | None) -> _Source:
+def _dtype_in(folder: Path) -> torch.dtype:
+    config = read_hf_config(folder)
+    is_float32 = config.get("dtype", config.get("torch_dtype")) == "float32"
+    return torch.float32 if is_float32 else torch.bfloat16
+
+
+def _run_checkpoint(
+    folder: Path,
+    tokenizer: str | None,
+    config_file: str | Path | None,
+    on_progress: Progress | None,
+    base_folder: str | Path | None,
+) -> ModelSource:
     if (folder / CONFIG_NAME).is_file():
         # The run's own folder.
         config_file = config_file or folder / CONFIG_NAME
@@ -168,17 +290,37 @@ def _run_checkpoint(folder: Path, tokenizer: str | None, config_file: str | Path
     stored = stored_tensors(metadata)
 
     def fill(model: Decoder) -> None:
-        wanted = named_model_tensors(model)
+        if manifest.base is not None:
+            folder = base_folder or manifest.base.path
+            manifest.base.check(BaseModel.of(folder))
+            load_hf_weights(model, folder, family, on_progress=partial(on_progress, "read") if on_progress else None)
+        wanted = named_model_tensors(model, trained_only=manifest.base is not None)
         check_match(step_folder, stored, wanted, ["model"], _ALONE)
+        read(wanted)
+
+    def read(wanted: Mapping[str, Tensor]) -> None:
         logger.info("Reading step %d from %s", manifest.step, step_folder)
         try:
             load_shards(step_folder, {name: Shard.of(tensor) for name, tensor in wanted.items()}, metadata, _ALONE)
         except OSError as error:
             raise ConfigError(f"reading failed: {error.strerror}", where=str(error.filename or step_folder)) from error
 
+    def read_adapters(wanted: Mapping[str, Tensor]) -> None:
+        named = {f"model.{name}": tensor for name, tensor in wanted.items()}
+        there = {name: tensor for name, tensor in stored.items() if is_adapter(name) and name.startswith("model.")}
+        check_match(step_folder, there, named, ["model"], _ALONE)
+        read(named)
+
+    run = None
+    if _ADAPTERS in config.model.converters:
+        base = str(base_folder or (manifest.base.path if manifest.base else config.model.hf_assets_path or "")) or None
+        run = AdaptedRun(config, base, read_adapters)
     embedding = stored.get("model.tok_embeddings.weight")
     # Without an embedding it is of another model, as `fill` will say.
-    return _Source(family, spec, embedding.dtype if embedding else torch.float32, tokenizer_dir, None, fill)
+    dtype = embedding.dtype if embedding else torch.float32
+    if manifest.base is not None and (folder := Path(base_folder or manifest.base.path)).is_dir():
+        dtype = _dtype_in(folder)
+    return ModelSource(family, spec, dtype, tokenizer_dir, None, fill, run)
 
 
 _RELATIVE = "Names in the config that do not begin with / are relative to the folder the job was started in."

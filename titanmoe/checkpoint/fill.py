@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from queue import SimpleQueue
+from typing import Protocol
 
 from torch import Tensor
 
@@ -112,7 +113,29 @@ class _Chunk:
         self.into.copy_(rows.view(self.into.shape))
 
 
-def fill(regions: Iterable[Region], files: Files, on_progress: Callable[[int], None] | None = None) -> None:
+class Chunk(Protocol):
+    """Some of what is to be filled; `read` does it, on any thread."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def read(self, files: Files) -> None: ...
+
+
+class Fillable(Protocol):
+    """What is to be filled from one source."""
+
+    @property
+    def source(self) -> RowSource: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def chunks(self) -> Iterator[Chunk]:
+        """In the order of the file."""
+
+
+def fill(regions: Iterable[Fillable], files: Files, on_progress: Callable[[int], None] | None = None) -> None:
     """Read every region. Each thread goes through a part of the bytes of its own, staging at most 4 MiB (or a row).
 
     Args:
@@ -125,7 +148,7 @@ def fill(regions: Iterable[Region], files: Files, on_progress: Callable[[int], N
     # What the threads report: bytes read, why one gave up, or that one has ended.
     reports: SimpleQueue[int | BaseException | None] = SimpleQueue()
 
-    def work(chunks: list[_Chunk]) -> None:
+    def work(chunks: list[Chunk]) -> None:
         try:
             for chunk in chunks:
                 if stop.is_set():
@@ -159,14 +182,14 @@ def fill(regions: Iterable[Region], files: Files, on_progress: Callable[[int], N
                 thread.join()
 
 
-def _parts(regions: Iterable[Region]) -> list[list[_Chunk]]:
+def _parts(regions: Iterable[Fillable]) -> list[list[Chunk]]:
     """The chunks in as many parts as there are threads, of about as many bytes each.
 
     Parts are whole stretches of the files: systems read ahead for who reads on and on, not for who takes turns.
     """
     regions = sorted(regions, key=lambda region: (region.source.info.path, region.source.info.start))
     total, num_bytes = sum(region.num_bytes for region in regions), 0
-    parts: list[list[_Chunk]] = [[] for _ in range(_NUM_THREADS)]
+    parts: list[list[Chunk]] = [[] for _ in range(_NUM_THREADS)]
     for region in regions:
         for chunk in region.chunks():
             parts[num_bytes * _NUM_THREADS // total].append(chunk)

@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from titanmoe.checkpoint.fill import Region, fill
+from titanmoe.checkpoint.fill import Fillable, Region, fill
+from titanmoe.checkpoint.frozen_rows import FrozenRegion, describe, frozen_regions, stored_weights
 from titanmoe.checkpoint.hf_folder import describe_keys, list_tensors, require_folder
-from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all
+from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all, without_adapters
 from titanmoe.checkpoint.progress import log_progress
 from titanmoe.checkpoint.quantization import read_quantization
 from titanmoe.checkpoint.row_source import Files, PlainSource, RowSource
@@ -34,8 +35,10 @@ from titanmoe.models.decoder import Decoder
 from titanmoe.models.family import Family
 from titanmoe.models.keys import Piece, Rule, map_keys, pieces_of
 from titanmoe.models.spec import DecoderSpec
+from titanmoe.ops.frozen_storage import Stored
 from titanmoe.ops.sharding import local_box, local_tensor
 from titanmoe.parallel.host_memory import prefer_huge_pages
+from titanmoe.parallel.ranks import Ranks
 
 logger = logging.getLogger("titanmoe.checkpoint")
 
@@ -55,7 +58,7 @@ class LoadSummary:
 class _Plan:
     """What this rank reads, and copies of the embedding that it compares with its own."""
 
-    regions: list[Region]
+    regions: list[Fillable]
     tied_copies: list[tuple[str, RowSource, Piece]]
 
 
@@ -74,7 +77,8 @@ def load_hf_weights(
 
     Args:
         model: parameters may be plain tensors or DTensors. A buffer that no rule maps keeps its value (one line is
-            logged): files of this family have no place for it.
+            logged): files of this family have no place for it. Adapters stay as they are. Weights that are stored in
+            another form are quantised row by row.
         folder: holds `*.safetensors` and, if there are several, `model.safetensors.index.json`.
         family: whose files these are. If the model ties its output to the embedding, a copy of it in the files is
             dropped, with a warning if it differs from the embedding. Layers for multi-token prediction are dropped.
@@ -85,19 +89,38 @@ def load_hf_weights(
         ConfigError: the folder or a file of it is unusable; or the files' tensors are not the model's: one message
             lists what is missing in the files, unknown in the files, of another shape, and of a dtype not supported.
     """
-    tensors = model_tensors(model)
+    tensors, stored = without_adapters(model_tensors(model)), stored_weights(model)
     assert not any(tensor.is_meta for tensor in tensors.values()), "materialise the model before loading it"
     ranks = ranks_sharing(tensors.values())
-    of_all = tensors_of_all(tensors, ranks)
-    plan = ranks.on_each(lambda: _plan(tensors, of_all, require_folder(folder), family, model.spec))
+    of_all = _with_weights(tensors_of_all(tensors, ranks), stored, ranks)
+    plan = ranks.on_each(lambda: _plan(tensors, stored, of_all, require_folder(folder), family, model.spec))
     report = on_progress or partial(log_progress(), "read")
     # Ranks of one machine may read the same rows, the second time from the cache; one rank reads them once.
     files = Files(fill_cache=ranks.size > 1)
     return ranks.on_each(lambda: _read(plan, tensors, folder, files, report))
 
 
+def _with_weights(
+    of_all: Mapping[str, Tensor], stored: Mapping[str, tuple[nn.Module, Stored]], ranks: Ranks
+) -> dict[str, Tensor]:
+    """The tensors with those weights in the place of their parts that are stored so on any rank."""
+    mine = {name: (weight.shape, weight.part_names) for name, (_, weight) in stored.items()}
+    weights = {name: kind for of_rank in ranks.gather(mine) for name, kind in of_rank.items()}
+    parts = {f"{name.rpartition('.')[0]}.{part}": name for name, (_, parts) in weights.items() for part in parts}
+    tensors = dict.fromkeys(parts.get(name, name) for name in of_all)
+    return {
+        name: nn.Parameter(torch.empty(weights[name][0], device="meta")) if name in weights else of_all[name]
+        for name in tensors
+    }
+
+
 def _plan(
-    tensors: Mapping[str, Tensor], of_all: Mapping[str, Tensor], folder: Path, family: Family, spec: DecoderSpec
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, tuple[nn.Module, Stored]],
+    of_all: Mapping[str, Tensor],
+    folder: Path,
+    family: Family,
+    spec: DecoderSpec,
 ) -> _Plan:
     """Account for every tensor of the files and of the model, which is all that the ranks have together."""
     infos = _without_what_is_not_needed(list_tensors(folder), family, len(spec.layers))
@@ -121,7 +144,11 @@ def _plan(
             mend="Model and files must be of the same family and sizes: compare config.json with the model's config.",
         )
     tied_copies = [(key, sources[key], piece) for key, (name, piece) in copies.items() if name in tensors]
-    return _Plan(_regions(tensors, by_file_key, sources), tied_copies)
+    regions: list[Fillable] = [*_regions(tensors, by_file_key, sources)]
+    frozen = _frozen_regions(stored, by_file_key, sources)
+    if frozen:
+        logger.info("%s", describe(frozen))
+    return _Plan([*regions, *frozen], tied_copies)
 
 
 def _without_what_is_not_needed(
@@ -223,6 +250,19 @@ def _regions(
             if region.into.numel():
                 regions.append(region)
     return regions
+
+
+def _frozen_regions(
+    stored: Mapping[str, tuple[nn.Module, Stored]],
+    by_file_key: Mapping[str, tuple[str, Piece]],
+    sources: Mapping[str, RowSource],
+) -> list[FrozenRegion]:
+    """The same for weights that are stored as parts."""
+    pieces: dict[str, dict[str, Piece]] = defaultdict(dict)
+    for key, (name, piece) in by_file_key.items():
+        if name in stored:
+            pieces[name][key] = piece
+    return [region for name, of_name in pieces.items() for region in frozen_regions(*stored[name], of_name, sources)]
 
 
 def _region(source: RowSource, piece: Piece, into: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> Region:

@@ -11,9 +11,10 @@ import logging
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,13 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titanmoe.checkpoint.adapter_config import AdapterSettings
 from titanmoe.checkpoint.files import sync_folder
 from titanmoe.checkpoint.gather import gather_each
 from titanmoe.checkpoint.hf_entries import Entry, config_entries, entries_of, main_dtype_name, split_into_shards
 from titanmoe.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, describe_keys, require_folder
 from titanmoe.checkpoint.hf_target import check_target, copy_generation_config, copy_tokenizer, take_place, write_json
 from titanmoe.checkpoint.hf_verify import find_difference
-from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all
+from titanmoe.checkpoint.merge import check_mergeable, merged_each
+from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all, without_adapters
 from titanmoe.checkpoint.progress import Progress, log_progress
 from titanmoe.checkpoint.safetensors_io import TensorWriter
 from titanmoe.config.errors import ConfigError
@@ -36,7 +39,6 @@ from titanmoe.models.family import Family
 from titanmoe.models.keys import map_keys
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.scaled_casts import BLOCK_SIZE, FP8, quantize_blocks
-from titanmoe.parallel.ranks import Ranks
 from titanmoe.training.errors import NotExportedError
 
 logger = logging.getLogger("titanmoe.checkpoint")
@@ -67,6 +69,8 @@ def save_hf(
     overwrite: bool = False,
     verify: bool = True,
     on_progress: Progress | None = None,
+    adapters: AdapterSettings | None = None,
+    compare: Callable[[Path], str] | None = None,
 ) -> SaveSummary:
     """Write the model so that transformers loads it.
 
@@ -85,6 +89,8 @@ def save_hf(
             there is none. By default, the tokenizer's.
         verify: read everything back as a loader does and compare it with the model before the folder is in its place.
         on_progress: called on rank 0, after each file tensor; by default, a line is logged every ten seconds.
+        adapters: of the model's adapters, which are merged into its weights as these are written; see `merge`.
+        compare: also says what is wrong with the folder, "" if nothing; it may change the model. One process only.
 
     Raises:
         ConfigError: before a tensor is written: the target is in use, the family's format has no place for a
@@ -100,6 +106,11 @@ def save_hf(
     tensors = model_tensors(model)
     ranks = ranks_sharing(tensors.values())
     of_all = tensors_of_all(tensors, ranks)
+    each = partial(gather_each, tensors, ranks)
+    if adapters is not None:
+        check_mergeable(of_all)
+        each = partial(merged_each, tensors, adapters, ranks)
+        of_all, tensors = without_adapters(of_all), without_adapters(tensors)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
     new_parents = [parent for parent in target.parents if not parent.exists()]
@@ -121,12 +132,14 @@ def save_hf(
             write_json(temporary / CONFIG_NAME, config)
 
     def write() -> None:
-        _stream(tensors, shards, temporary if writes else None, ranks, report)
+        _stream(each(), shards, temporary if writes else None, report)
         if writes:
             sync_folder(temporary)
 
     def difference() -> str:
-        return find_difference(temporary if writes else None, tensors, family, spec, entries, ranks, report)
+        folder = temporary if writes else None
+        found = find_difference(folder, tensors, family, spec, entries, ranks, report, each())
+        return found or ("" if compare is None else compare(temporary))
 
     try:
         ranks.on_all(prepare)
@@ -194,13 +207,9 @@ def can_express(family: Family, spec: DecoderSpec) -> bool:
 
 
 def _stream(
-    tensors: Mapping[str, Tensor],
-    shards: Sequence[Sequence[Entry]],
-    folder: Path | None,
-    ranks: Ranks,
-    on_progress: Progress,
+    each: Iterator[tuple[str, Tensor]], shards: Sequence[Sequence[Entry]], folder: Path | None, on_progress: Progress
 ) -> None:
-    """Gather each parameter in turn, and write its pieces into `folder` on the rank that has one.
+    """Take each parameter in turn, as it is gathered, and write its pieces into `folder` on the rank that has one.
 
     A rank that fails goes on taking part in the gathers, or the others would wait for it; it raises at the end.
     """
@@ -212,7 +221,7 @@ def _stream(
     total = sum(entry.num_bytes for shard in shards for entry in shard)
     done = 0
     failure: OSError | ConfigError | None = None
-    for name, whole in gather_each(tensors, ranks):
+    for name, whole in each:
         if files is None or failure is not None:
             continue
         try:

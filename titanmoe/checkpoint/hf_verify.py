@@ -6,7 +6,7 @@ not from what was meant to be written. Legend: R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -38,6 +38,7 @@ def find_difference(
     meant: Sequence[Entry],
     ranks: Ranks,
     on_progress: Progress,
+    each: Iterator[tuple[str, Tensor]] | None = None,
 ) -> str:
     """What first differs between a folder and the model, in words; "" if nothing does.
 
@@ -50,6 +51,7 @@ def find_difference(
         meant: what was to be written.
         ranks: those that share the model.
         on_progress: called after each file tensor.
+        each: names and values of the model's tensors, if these are not what is in memory; see `gather_each`.
     """
     problem = ""
     of_all = tensors_of_all(tensors, ranks)
@@ -64,7 +66,7 @@ def find_difference(
             except ConfigError as error:
                 problem = str(error)
         # To the end, after a difference too: other ranks take part in the gathering.
-        for name, whole in gather_each(tensors, ranks):
+        for name, whole in gather_each(tensors, ranks) if each is None else each:
             for entry in entries_of.get(name, ()):
                 if not problem:
                     try:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titanmoe.checkpoint.base_model import BaseModel
 from titanmoe.checkpoint.files import retrying, sha256_of_file, write_whole
 
 MANIFEST_NAME = "manifest.json"
@@ -46,6 +47,7 @@ class Manifest:
         model_only: no optimizer, counters or data position: weights to start from, not a run to resume.
         versions: versions of the software that saved it, by package.
         files: every other file of the folder, by name.
+        base: the model that the adapters are for, if nothing else of a model is here.
     """
 
     step: int
@@ -55,6 +57,7 @@ class Manifest:
     model_only: bool
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
+    base: BaseModel | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
@@ -132,7 +135,8 @@ def _parse(text: bytes) -> Manifest:
         raise ManifestError("its manifest.json does not match its own checksum")
     try:
         files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
-        manifest = Manifest(**content, files=files)
+        base = content.pop("base", None)
+        manifest = Manifest(**content, files=files, base=None if base is None else BaseModel(**base))
     except (TypeError, AttributeError, KeyError):
         raise ManifestError("its manifest.json lacks fields") from None
     for name in manifest.files:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titanmoe.models.adapters import is_adapter
 from titanmoe.parallel.ranks import Ranks
 
 # Wrappers for activation checkpointing and compilation put these segments into parameter names.
@@ -19,10 +20,19 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, in the model's order, without wrapper segments in the names."""
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        for segment in _WRAPPER_SEGMENTS:
-            name = name.replace(segment, "")
-        tensors[name] = tensor
+        tensors[without_wrappers(name)] = tensor
     return tensors
+
+
+def without_wrappers(name: str) -> str:
+    for segment in _WRAPPER_SEGMENTS:
+        name = name.replace(segment, "")
+    return name
+
+
+def without_adapters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the model itself, without those that the lora converter adds."""
+    return {name: tensor for name, tensor in tensors.items() if not is_adapter(name)}
 
 
 def ranks_sharing(tensors: Iterable[Tensor]) -> Ranks:

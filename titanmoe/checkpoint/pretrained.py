@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from titanmoe.checkpoint.hf_folder import read_hf_config
 from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.checkpoint.hf_save import DEFAULT_SHARD_BYTES, save_hf
 from titanmoe.config.errors import ConfigError
+from titanmoe.config.job_config import JobConfig
+from titanmoe.config.resolve import load_config
 from titanmoe.data.tokenizer import BUILTIN_TOKENIZER
 from titanmoe.models.build import build_model, materialize
 from titanmoe.models.decoder import Decoder
@@ -53,7 +56,12 @@ def choose_model(
 
 
 def from_pretrained(
-    path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    converters: Sequence[str] = (),
+    config: JobConfig | None = None,
 ) -> Decoder:
     """Load a model from a folder with config.json and safetensors files.
 
@@ -63,12 +71,20 @@ def from_pretrained(
     Args:
         path: a local folder; a hub's name is refused with the command that gets a copy.
         dtype: of every parameter, whatever the files hold. Routers compute in float32 in any case.
+        converters: applied before there are values, so that `quantize.frozen.*` never has them all in `dtype`; `lora`
+            is for `convert` afterwards, since files have no values for it.
+        config: the settings of converters.
 
     Raises:
-        ConfigError: see `spec_of_hf_folder` and `load_hf_weights`.
+        ConfigError: see `spec_of_hf_folder`, `convert` and `load_hf_weights`.
     """
     family, spec = spec_of_hf_folder(path)
-    model = materialize(build_model(spec, device="meta", dtype=dtype), device)
+    model = build_model(spec, device="meta", dtype=dtype)
+    if converters:
+        from titanmoe.converters.apply import convert  # imports torchao, which takes its time
+
+        convert(model, converters, config or load_config(None), torch.device(device))
+    materialize(model, device)
     load_hf_weights(model, path, family)
     return model
 

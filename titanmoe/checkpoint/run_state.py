@@ -49,9 +49,13 @@ class RunState:
     seed: int = 0
 
 
-def named_model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers as `model.<name>`."""
-    return {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
+def named_model_tensors(model: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+    """Parameters and persistent buffers as `model.<name>`; with `trained_only`, without parameters that are frozen."""
+    return {
+        f"model.{name}": tensor
+        for name, tensor in model_tensors(model).items()
+        if not trained_only or tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+    }
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from titanmoe.config.sections.checkpoint import Checkpoint
 from titanmoe.config.sections.learning import Data, LRScheduler, Optimizer, Training, Validation
+from titanmoe.config.sections.lora import LoRA
 from titanmoe.config.sections.machine import ActivationCheckpoint, Compile, Parallelism
 from titanmoe.config.sections.model import Model, MoE
 from titanmoe.config.sections.quantize import Quantize
@@ -25,7 +26,7 @@ from titanmoe.config.sections.run import (
 class JobConfig:
     """A whole job. Immutable: `dataclasses.replace` makes a changed copy.
 
-    Sections and keys are those of torchtitan v0.2.2, with `data`, `moe`, `training.epochs` and the optimizer
+    Sections and keys are those of torchtitan v0.2.2, with `data`, `moe`, `lora`, `training.epochs` and the optimizer
     `AdamW8bit` added.
     """
 
@@ -79,6 +80,9 @@ class JobConfig:
 
     quantize: Quantize = field(default_factory=Quantize)
     """Settings of low-precision converters."""
+
+    lora: LoRA = field(default_factory=LoRA)
+    """Settings of the converter that adds adapters."""
 
     memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
     """Memory estimation."""

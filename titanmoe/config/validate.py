@@ -13,7 +13,8 @@ from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
 from titanmoe.config.pipeline import check_pipeline
 from titanmoe.config.sections.checkpoint import Checkpoint
-from titanmoe.config.sections.learning import DataLoader, Training, Validation
+from titanmoe.config.sections.learning import EMBEDDED_DATASETS, DataLoader, Training, Validation
+from titanmoe.config.sections.lora import SCALED, LoRA
 from titanmoe.config.sections.machine import ActivationCheckpoint, Compile
 from titanmoe.config.sections.model import Model
 from titanmoe.config.sections.quantize import CONVERTERS
@@ -85,15 +86,19 @@ def check_converters(names: Sequence[str], config: JobConfig, known: Collection[
                 f'"{name}" is there {names.count(name)} times', where="model.converters", mend="Name it once."
             )
         if known is not None and name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+            nearest = [other for other in known if name in other.split(".")]
+            nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.3)
             hint = f"Did you mean {nearest[0]}? " if nearest else ""
             raise ConfigError(
                 f'no converter is called "{name}"', where="model.converters", mend=f"{hint}They are {', '.join(known)}."
             )
         if name not in CONVERTERS:
             continue
+        if name == "lora":
+            _check_lora(config.lora, names[names.index(name) + 1 :])
+            continue
         section: Any = reduce(getattr, name.split("."), config)
-        if section.emulate and section.backend not in ("auto", "emulated"):
+        if getattr(section, "emulate", False) and section.backend not in ("auto", "emulated"):
             raise ConfigError(
                 f'is on, but {name}.backend = "{section.backend}"',
                 where=f"{name}.emulate",
@@ -107,14 +112,33 @@ def check_converters(names: Sequence[str], config: JobConfig, known: Collection[
             )
 
 
-def _check_dataset(data: Training | Validation, section: str) -> None:
-    if data.dataset == "stdlib" and data.dataset_path is not None:
+def _check_lora(lora: LoRA, later: Sequence[str]) -> None:
+    """
+    Args:
+        later: names of the converters that come after this one.
+    """
+    if quantizers := [name for name in later if name.startswith("quantize.")]:
         raise ConfigError(
-            f'"{data.dataset_path}" was given, but the dataset "stdlib" is embedded and has no path',
-            where=f"{section}.dataset_path",
-            mend=f'Set {section}.dataset to "text", "json" or "parquet", or {section}.dataset_path to "none".',
+            f'"{quantizers[0]}" comes after "lora", whose adapters it would meet',
+            where="model.converters",
+            mend='Name "lora" last: adapters are added to quantised weights.',
         )
-    if data.dataset != "stdlib" and data.dataset_path is None:
+    rank = lora.expert_rank
+    if rank != SCALED and not (rank.isascii() and rank.isdigit() and int(rank) >= 1):
+        raise ConfigError(
+            f'"{rank}" was given, but it must be "{SCALED}" or a whole number of at least 1, in quotes',
+            where="lora.expert_rank",
+        )
+
+
+def _check_dataset(data: Training | Validation, section: str) -> None:
+    if data.dataset in EMBEDDED_DATASETS and data.dataset_path is not None:
+        raise ConfigError(
+            f'"{data.dataset_path}" was given, but the dataset "{data.dataset}" is embedded and has no path',
+            where=f"{section}.dataset_path",
+            mend=f'Set {section}.dataset to "text", "json", "parquet" or "chat", or {section}.dataset_path to "none".',
+        )
+    if data.dataset not in EMBEDDED_DATASETS and data.dataset_path is None:
         raise ConfigError(
             f'the dataset "{data.dataset}" needs a path',
             where=f"{section}.dataset_path",
@@ -172,6 +196,18 @@ def _check_checkpoint(checkpoint: Checkpoint, model: Model) -> None:
             where=f"checkpoint.{which}",
             mend="Set checkpoint.enable = true; with checkpoint.load_only = true nothing is saved.",
         )
+    if checkpoint.initial_adapter_path is not None and ("lora" not in model.converters or not checkpoint.enable):
+        raise ConfigError(
+            "needs adapters that it fills, and checkpoint.enable = true",
+            where="checkpoint.initial_adapter_path",
+            mend='Name the converter "lora" in model.converters.',
+        )
+    if checkpoint.last_save_in_hf and any(name.startswith("quantize.frozen.") for name in model.converters):
+        raise ConfigError(
+            "the model in memory is quantised; merging adapters begins with the weights that it was made of",
+            where="checkpoint.last_save_in_hf",
+            mend="Set it to false, and merge with `titanmoe export --merge` after the run.",
+        )
     if checkpoint.last_save_in_hf and (not checkpoint.enable or checkpoint.load_only):
         reason = "checkpoint.load_only is on" if checkpoint.enable else "checkpoint.enable is off"
         raise ConfigError(f"is set, but {reason}: nothing would be saved", where="checkpoint.last_save_in_hf")
@@ -218,6 +254,7 @@ def _check_paths(config: JobConfig) -> None:
     checkpoints = Path(config.job.dump_folder) / config.checkpoint.folder
     if not any(checkpoints.glob("step-*")):  # a run that resumes does not read its first weights again
         directories["checkpoint.initial_load_path"] = config.checkpoint.initial_load_path
+        directories["checkpoint.initial_adapter_path"] = config.checkpoint.initial_adapter_path
     for key, path in directories.items():
         if path is not None and not Path(path).is_dir():
             found = "is not a directory" if Path(path).exists() else "does not exist"

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import quantize_
 
+import titanmoe.converters.frozen
+import titanmoe.converters.lora
 import titanmoe.converters.low_precision  # noqa: F401 - registers its converters
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
@@ -74,6 +76,7 @@ def convert(
         summary.append(line)
     for converter, chosen in choices:
         quantize_(model, converter, filter_fn=lambda _, path, chosen=chosen: path in chosen)
+        converter.finish(model)
     return Conversion(tuple(rows[path] for path in modules if path in rows), tuple(summary))
 
 
@@ -111,17 +114,19 @@ def _choose(
         )
     for path in candidates:
         row = rows.get(path, Row(path, ""))
-        if path in chosen and row.now:
+        if path in chosen and row.now and not converter.goes_on_top:
             raise ConfigError(
                 f"{converter.name} would convert {path} a second time: it is {row.now} already",
                 where="model.converters",
                 mend="Name in the settings of each converter what is for it.",
             )
         if path in chosen:
-            rows[path] = replace(row, now=converter.result, backend=converter.backend_name, why="")
+            now = f"{row.now} + {converter.result}" if row.now else converter.result
+            rows[path] = replace(row, now=now, backend=row.backend or converter.backend_name, why="")
         elif not row.now:
             rows[path] = replace(row, why=unwanted.get(path) or misfits[path])
-    line = f"{converter.name}: {len(chosen)} of {len(candidates)} {converter.modules}{converter.describe()}"
+    changed = [module for path, module in candidates.items() if path in chosen]
+    line = f"{converter.name}: {len(chosen)} of {len(candidates)} {converter.modules}{converter.describe(changed)}"
     return chosen, f"{line}; {told}" if told else line
 
 
@@ -132,11 +137,10 @@ def _count(reasons: Iterable[str]) -> str:
 def _as_it_was(path: str, module: nn.Module) -> Row | None:
     """The row of a module that multiplies with a weight."""
     if isinstance(module, Experts):
-        num_experts, dim, hidden_dim = module.down.shape
-        was = f"{_dtype(module.down)} {num_experts} x 3 x {hidden_dim} x {dim}"
+        was = f"{_stored_as(module, 'down')} {module.spec.num_experts} x 3 x {module.spec.hidden_dim} x {module.dim}"
         is_plain = isinstance(module.down_product, PlainGroupedProduct)
     elif isinstance(module, nn.Linear):
-        was = f"{_dtype(module.weight)} {module.out_features} x {module.in_features}"
+        was = f"{_stored_as(module, 'weight')} {module.out_features} x {module.in_features}"
         is_plain = not isinstance(module, Linear) or module.product is F.linear
     else:
         return None
@@ -150,5 +154,7 @@ def _as_it_was(path: str, module: nn.Module) -> Row | None:
     return Row(path, was, why=why)
 
 
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _stored_as(module: nn.Module, name: str) -> str:
+    if isinstance(module, (Linear, Experts)) and name in module.stored:
+        return module.stored[name].format.name
+    return str(getattr(module, name).dtype).removeprefix("torch.")

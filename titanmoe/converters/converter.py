@@ -9,7 +9,7 @@ example is in docs/low_precision.md.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from torchao.core.config import AOBaseConfig
 
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
+from titanmoe.models.decoder import Decoder
 
 
 class Converter(AOBaseConfig):
@@ -26,10 +27,12 @@ class Converter(AOBaseConfig):
     Attributes:
         name: that in `model.converters`.
         modules: what the modules that it may change are called, for people.
+        goes_on_top: whether it adds to what an earlier converter made of a module.
     """
 
     name: ClassVar[str]
     modules: ClassVar[str] = "modules"
+    goes_on_top: ClassVar[bool] = False
 
     @classmethod
     def from_job(cls, config: JobConfig, device: torch.device) -> Converter:
@@ -71,9 +74,15 @@ class Converter(AOBaseConfig):
         """What computes, where there is a choice."""
         return ""
 
-    def describe(self) -> str:
-        """What modules become, for the line that says how many of them there are: " in MXFP8", say."""
+    def describe(self, changed: Sequence[nn.Module]) -> str:
+        """What these modules become, for the line that says how many of them there are: " in MXFP8", say.
+
+        They are of the whole model, and as they were.
+        """
         return ""
+
+    def finish(self, model: Decoder) -> None:
+        """What is to be done to a model, or a part of one, when all of its modules are changed."""
 
 
 CONVERTERS: dict[str, type[Converter]] = {}

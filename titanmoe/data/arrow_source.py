@@ -24,70 +24,89 @@ ENDINGS = {
     "json": tuple(name + packed for name in (".json", ".jsonl") for packed in ("", ".gz", ".zst")),
     "parquet": (".parquet",),
 }
+_TEXT_KEY = "data.text_key"
 
 
-class ArrowSource:
-    """One document per row: the string in column `text_key` of JSON (lines, or a list of objects) or Parquet files.
+class ArrowColumn:
+    """One column of the rows of JSON (lines, or a list of objects) or Parquet files.
 
     Args:
         path: file, directory or glob, as `find_files` reads it.
         kind: "json" or "parquet".
+        setting: the config's name for `key`, for messages.
 
     Raises:
-        ConfigError: no files, a file that cannot be read as `kind`, no such column, or a column that holds no text;
-            from indexing, a row that has no text.
+        ConfigError: no files or rows, a file that cannot be read as `kind`, or no such column.
     """
 
-    def __init__(self, path: str, kind: str, text_key: str) -> None:
+    def __init__(self, path: str, kind: str, key: str, setting: str) -> None:
         found = find_files(path, ENDINGS[kind])
         files = [file for file in found if file.stat().st_size > 0]
         if not files:
             raise ConfigError("all files are empty", where=path, mend="Give files with at least one row.")
         if len(files) < len(found):
             logger.info("%s: %d of %d files are empty", path, len(found) - len(files), len(found))
-        table = _read(path, kind, files, text_key)
-        self._path, self._text_key = path, text_key
-        if text_key not in table.column_names:
+        table = _read(path, kind, files, key if setting == _TEXT_KEY else None)
+        self._path, self._key = path, key
+        if key not in table.column_names:
             columns = ", ".join(map(repr, table.column_names))
             raise ConfigError(
-                f"no column {text_key!r}; there are {columns}",
+                f"no column {key!r}; there are {columns}",
                 where=path,
-                mend="Set data.text_key to the column that holds the text.",
+                mend=f"Set {setting} to the right one.",
             )
-        column_type = str(table.schema.field(text_key).type)
+        self._column = table.column(key)
+        if len(self._column) == 0:
+            raise ConfigError("no rows", where=path, mend="Give files with at least one row.")
+        self.fingerprint = f"{kind}-{files_digest(files, (key, str(len(self._column))))}"
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def where(self, index: int) -> str:
+        """Where row `index` is, for messages."""
+        return f"{self._path}, row {index} (counted from 0, over all files in sorted order)"
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._column[index].as_py()
+        except UnicodeDecodeError as error:
+            raise self._bad_row(index, f"is not UTF-8 ({error.reason})") from error
+
+    def _bad_row(self, index: int, what: str) -> ConfigError:
+        return ConfigError(
+            f"row {index} (counted from 0, over all files in sorted order) {what} in column {self._key!r}",
+            where=self._path,
+            mend="Mend or remove the row; an empty string is skipped.",
+        )
+
+
+class ArrowSource(ArrowColumn):
+    """One document per row: the string in column `text_key`.
+
+    Raises:
+        ConfigError: as ArrowColumn, and for a column that holds no text; from indexing, a row that has no text.
+    """
+
+    def __init__(self, path: str, kind: str, text_key: str) -> None:
+        super().__init__(path, kind, text_key, _TEXT_KEY)
+        column_type = str(self._column.type)
         if column_type not in ("string", "large_string", "string_view"):
             raise ConfigError(
                 f"column {text_key!r} holds {column_type}, not text",
                 where=path,
                 mend="Set data.text_key to a column of strings.",
             )
-        self._column = table.column(text_key)
-        if len(self._column) == 0:
-            raise ConfigError("no rows", where=path, mend="Give files with at least one row.")
-        self.fingerprint = f"{kind}-{files_digest(files, (text_key, str(len(self._column))))}"
-
-    def __len__(self) -> int:
-        return len(self._column)
 
     def __getitem__(self, index: int) -> str:
-        try:
-            text = self._column[index].as_py()
-        except UnicodeDecodeError as error:
-            raise self._bad_row(index, f"is not UTF-8 ({error.reason})") from error
+        text = super().__getitem__(index)
         if text is None:
             raise self._bad_row(index, "has no text")
         return text
 
-    def _bad_row(self, index: int, what: str) -> ConfigError:
-        return ConfigError(
-            f"row {index} (counted from 0, over all files in sorted order) {what} in column {self._text_key!r}",
-            where=self._path,
-            mend="Mend or remove the row; an empty string is skipped.",
-        )
 
-
-def _read(path: str, kind: str, files: list[Path], text_key: str) -> Any:
-    """The rows of all files as one memory-mapped pyarrow.Table."""
+def _read(path: str, kind: str, files: list[Path], text_key: str | None) -> Any:
+    """The rows of all files as one memory-mapped pyarrow.Table; `text_key` is looked at to name a broken row."""
     import datasets
     from datasets.packaged_modules.json.json import JsonConfig
 
@@ -142,7 +161,7 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _find_broken(kind: str, files: list[Path], text_key: str) -> tuple[str, str] | None:
+def _find_broken(kind: str, files: list[Path], text_key: str | None) -> tuple[str, str] | None:
     """File (and line) and reason of the first thing that cannot be read, if reading the files anew finds one."""
     for file in files:
         if kind == "parquet":
@@ -164,7 +183,7 @@ def _find_broken(kind: str, files: list[Path], text_key: str) -> tuple[str, str]
                         row = json.loads(text) if text.strip() else {}
                         if not isinstance(row, dict):
                             return f"{file}:{line}", "not a JSON object"
-                        if not isinstance(row.get(text_key, ""), (str, type(None))):
+                        if text_key and not isinstance(row.get(text_key, ""), (str, type(None))):
                             return f"{file}:{line}", f"{text_key!r} is not a string"
             except json.JSONDecodeError as error:
                 return f"{file}:{line + (line == 0)}", str(error)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from titanmoe.config.errors import ConfigError
-from titanmoe.data.lanes import Lanes, Position, encode_documents
+from titanmoe.data.lanes import Lanes, Position, count_windows
 from titanmoe.data.order import DocumentOrder
 from titanmoe.data.packing import Batch, pack
 from titanmoe.data.prefetch import Prefetcher
-from titanmoe.data.sources import DocumentSource
+from titanmoe.data.sources import Document, DocumentSource
 from titanmoe.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("titanmoe.data")
@@ -31,7 +31,10 @@ CHARACTERS_PER_COUNT = 1 << 20  # encoded at a time by count_steps
 # What must not change between saving and resuming: the name in the state, what it is, how to mend it.
 _IDENTITY = {
     "version": ("the format of the data state", "Resume with the version of titanmoe that saved it."),
-    "source": ("the data set", "Give the files it was saved with (training.dataset, training.dataset_path)."),
+    "source": (
+        "the data set",
+        "Give the files it was saved with (training.dataset, training.dataset_path; for chat, also the template).",
+    ),
     "tokenizer": ("the tokenizer", "Give the same tokenizer (model.tokenizer_path, model.hf_assets_path)."),
     "seed": ("the seed of the data order", "Set debug.seed to what it was."),
     "shuffle": ("data.shuffle", "Set it to what it was."),
@@ -51,6 +54,8 @@ class DataLoader:
         epochs: how often each document comes (a fraction ends within an epoch). A lane whose documents are used up
             gives rows of padding with label -100 from then on, as long as it is asked. None: endless.
         document_mask, append_eos: see `pack` and `Lanes`.
+        whole_documents: put documents into sequences whole and keep them apart, as conversations want it; one longer
+            than seq_len + 1 tokens is left out, and how many were is logged. Implies document_mask.
         part: (index, count), where several ranks compute equal parts of the same sequences.
         prefetch: microbatches that a background thread prepares ahead; 0 makes them when they are asked for.
 
@@ -73,6 +78,7 @@ class DataLoader:
         epochs: float | None = None,
         document_mask: bool = False,
         append_eos: bool = True,
+        whole_documents: bool = False,
         prefetch: int = 0,
         part: tuple[int, int] = (0, 1),
     ) -> None:
@@ -98,7 +104,7 @@ class DataLoader:
         self._lane_numbers, self._num_lanes = lanes, num_lanes
         self._num_documents = num_documents
         self._seq_len, self._local_batch_size = seq_len, local_batch_size
-        self._document_mask, self._append_eos = document_mask, append_eos
+        self._document_mask, self._whole = document_mask or whole_documents, whole_documents
         self._prefetch = prefetch
         self._part = part
         self._identity = {
@@ -111,7 +117,8 @@ class DataLoader:
             "num_lanes": num_lanes,
             "seq_len": seq_len,
         }
-        self._lanes = Lanes(source, tokenizer, self._order, lanes, num_lanes, num_documents, append_eos)
+        within = seq_len + 1 if whole_documents else None
+        self._lanes = Lanes(source, tokenizer, self._order, lanes, num_lanes, num_documents, append_eos, within)
         self._prefetcher: Prefetcher[tuple[Batch, dict[int, Position], bool]] | None = None
         self._next_row = 0  # of the microbatch to make next, among this rank's lanes
         self._positions = self._lanes.positions()  # after the batches handed out, whatever was prepared ahead
@@ -157,8 +164,9 @@ class DataLoader:
         """
         assert self._num_documents is not None, "an endless loader has no last step"
         lengths = self._count_tokens()
-        most_tokens = max(sum(int(lengths[index]) for index in self._indices(lane)) for lane in self._lane_numbers)
-        return -(-max(most_tokens - 1, 0) // self._seq_len)
+        self._lanes.log_left_out()
+        lanes = ([int(lengths[index]) for index in self._indices(lane)] for lane in self._lane_numbers)
+        return max(count_windows(lane, self._seq_len, self._whole) for lane in lanes)
 
     def _indices(self, lane: int) -> Iterator[int]:
         """Indices into the source of all documents of a lane."""
@@ -173,15 +181,15 @@ class DataLoader:
                 wanted[index] = True
         indices = np.flatnonzero(wanted)
         lengths = np.zeros(len(self._source), dtype=np.int64)
-        texts: list[str] = []
+        texts: list[Document] = []
         characters = 0
         logged = time.monotonic()
         for done, found in enumerate(indices, start=1):
             texts.append(self._source[int(found)])
             characters += len(texts[-1])
             if characters >= CHARACTERS_PER_COUNT or done == len(indices):
-                encoded = encode_documents(self._tokenizer, texts, self._append_eos)
-                lengths[indices[done - len(texts) : done]] = [len(tokens) for tokens in encoded]
+                places = indices[done - len(texts) : done]
+                lengths[places] = [len(tokens) for tokens in self._lanes.encode(places.tolist(), texts)]
                 texts, characters = [], 0
             if time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
@@ -196,6 +204,7 @@ class DataLoader:
         """End the background thread. What it prepared is made again if iterating goes on."""
         if self._prefetcher is not None:
             self._rewind()
+        self._lanes.log_left_out()
 
     def _rewind(self) -> None:
         """Bring the lanes back to what was handed out."""

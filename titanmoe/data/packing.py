@@ -22,7 +22,8 @@ class Batch:
     Attributes:
         tokens_BS: int64, the inputs.
         labels_BS: int64, labels_BS[b, s] is the token to predict at position s, already shifted; -100 where there is
-            none: after the end of the data, and, with document masks, from one document into the next.
+            none: after the end of the data, with document masks from one document into the next, and where a document
+            is not supervised.
         position_ids_BS: int64, counts from 0 in each row or, with document masks, in each segment.
         cu_seqlens: int32, or None without document masks: the borders of the segments among the B * S tokens, from
             0 to B * S. A row begins a segment; no segment is longer than S.
@@ -56,15 +57,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Window:
-    """Up to S + 1 tokens of a lane in sequence; fewer only where its data ends, none after that.
+    """Up to S + 1 tokens of a lane in sequence; none where its data has ended.
 
     Attributes:
         tokens: int32.
         starts: where in `tokens` documents begin (their continuation from an earlier window does not count).
+        labels: what is to be predicted in the place of each token: the token, or -100. None: all tokens.
     """
 
     tokens: np.ndarray
     starts: Sequence[int]
+    labels: np.ndarray | None = None
 
 
 def pack(windows: Sequence[Window], seq_len: int, pad_id: int, document_mask: bool) -> Batch:
@@ -83,7 +86,8 @@ def pack(windows: Sequence[Window], seq_len: int, pad_id: int, document_mask: bo
         num_tokens = len(window.tokens)
         assert num_tokens <= seq_len + 1
         tokens_BS[row, : min(num_tokens, seq_len)] = window.tokens[:seq_len]
-        labels_BS[row, : max(num_tokens - 1, 0)] = window.tokens[1:]
+        labels = window.tokens if window.labels is None else window.labels
+        labels_BS[row, : max(num_tokens - 1, 0)] = labels[1:]
         if document_mask:
             inner = [start for start in window.starts if start > 0]
             labels_BS[row, [start - 1 for start in inner]] = IGNORED

@@ -1,4 +1,4 @@
-"""Document sources: where text comes from. Each is a read-only list of strings with a fingerprint."""
+"""Document sources: where text comes from. Each is a read-only list of documents with a fingerprint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import logging
 import os
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
@@ -20,6 +21,24 @@ logger = logging.getLogger("titanmoe.data")
 Split = Literal["train", "validation"]
 
 SMALLEST_PIECE_BYTES = 8 << 10
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A document that has its special tokens written in it, and of which only part is to be learnt.
+
+    Attributes:
+        supervised: (begin, end) of the ranges of characters to learn, in order.
+    """
+
+    text: str
+    supervised: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+Document = str | Rendered
 
 
 class DocumentSource(Protocol):
@@ -35,8 +54,8 @@ class DocumentSource(Protocol):
         """Number of documents, empty ones included."""
         ...
 
-    def __getitem__(self, index: int) -> str:
-        """Text of document `index`; an empty string is a document to skip. Raises ConfigError if it is broken."""
+    def __getitem__(self, index: int) -> Document:
+        """Document `index`; an empty one is to be skipped. Raises ConfigError if it is broken."""
         ...
 
 
@@ -169,8 +188,7 @@ def open_stdlib(split: Split) -> TextSource:
     Raises:
         ConfigError: this Python has no source files.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    names = [name for name in _stdlib_names(root) if _stdlib_split(name) == split]
+    root, names = stdlib_files(split)
     files = []
     digest = hashlib.sha256()
     for name in names:
@@ -190,6 +208,12 @@ def open_stdlib(split: Split) -> TextSource:
         skipped = len(names) - len(files)
         logger.info("stdlib %s: skipped %d of %d files, not UTF-8 or not readable", split, skipped, len(names))
     return TextSource(files, f"stdlib-{split}-{digest.hexdigest()[:16]}")
+
+
+def stdlib_files(split: Split) -> tuple[Path, list[str]]:
+    """The folder of the standard library, and the names in it of the source files of one part, sorted."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return root, [name for name in _stdlib_names(root) if _stdlib_split(name) == split]
 
 
 def _stdlib_names(root: Path) -> list[str]:

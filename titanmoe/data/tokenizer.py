@@ -33,6 +33,7 @@ class Tokenizer:
         pad_id: fills unused positions; eos_id if the tokenizer names none.
         adds_bos: whether every document begins with bos_id, from the tokenizer's own rules.
         fingerprint: changes when the encoding of a document may change.
+        folder: where its files are.
     """
 
     backend: tokenizers.Tokenizer
@@ -42,6 +43,7 @@ class Tokenizer:
     pad_id: int
     adds_bos: bool
     fingerprint: str
+    folder: Path
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; bos and eos are not added."""
@@ -50,6 +52,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, encoded without holding Python's global lock."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Token ids of each text, and the range of characters that each token covers."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included."""
@@ -93,8 +100,8 @@ def load_tokenizer(path: str | None) -> Tokenizer:
         raise ConfigError("holds no tokens", where=str(file), mend="Copy it again from the model's repository.")
     vocab_size = max(vocab.values()) + 1
 
-    names = _read_json(folder / "tokenizer_config.json")
-    numbers = {**_read_json(folder / "generation_config.json"), **_read_json(folder / "config.json")}
+    names = read_json(folder / "tokenizer_config.json")
+    numbers = {**read_json(folder / "generation_config.json"), **read_json(folder / "config.json")}
 
     def special_id(kind: str) -> int | None:
         entry = names.get(f"{kind}_token")
@@ -140,6 +147,7 @@ def load_tokenizer(path: str | None) -> Tokenizer:
         pad_id=eos_id if pad_id is None else pad_id,
         adds_bos=adds_bos,
         fingerprint=digest.hexdigest()[:16],
+        folder=folder,
     )
 
 
@@ -176,7 +184,7 @@ def _tokenizer_file(folder: Path) -> Path:
     return file
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if the file does not exist."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ def add_expert_bias(y_RN: Tensor, bias_EN: Tensor, offsets_E: Tensor, weights_R:
         offsets_E: int32, the end of each expert's rows; see `grouped_mm`.
     """
     if torch.compiler.is_compiling():
-        rows_RN = bias_EN.float()[_experts_of_rows(y_RN, offsets_E)]
+        rows_RN = bias_EN.float()[experts_of_rows(y_RN, offsets_E)]
         return y_RN + (rows_RN if weights_R is None else rows_RN * weights_R[:, None]).to(y_RN.dtype)
     return _AddExpertBias.apply(y_RN, bias_EN, offsets_E, weights_R)
 
@@ -44,7 +44,7 @@ class _AddExpertBias(torch.autograd.Function):
                 end = rows.stop
             out_RN[end:] = y_RN[end:]
             return out_RN
-        rows_RN = bias_EN[_experts_of_rows(y_RN, offsets_E)]
+        rows_RN = bias_EN[experts_of_rows(y_RN, offsets_E)]
         return y_RN + (rows_RN if weights is None else rows_RN * weights[:, None])
 
     @staticmethod
@@ -59,7 +59,7 @@ class _AddExpertBias(torch.autograd.Function):
                 if dweights_R is not None:
                     dweights_R[rows] = dy @ bias_EN[expert].float()
         else:
-            experts_R = _experts_of_rows(dy_RN, offsets_E)
+            experts_R = experts_of_rows(dy_RN, offsets_E)
             weighted_RN = dy_RN.float() if weights_R is None else dy_RN * weights_R.float()[:, None]
             dbias_EN.index_add_(0, experts_R, weighted_RN)
             if dweights_R is not None:
@@ -67,7 +67,7 @@ class _AddExpertBias(torch.autograd.Function):
         return dy_RN, dbias_EN.to(bias_EN.dtype), None, dweights_R
 
 
-def _experts_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
+def experts_of_rows(rows: Tensor, offsets_E: Tensor) -> Tensor:
     index_R = torch.arange(rows.shape[0], dtype=offsets_E.dtype, device=rows.device)
     # A row beyond the last offset is padding, whose weight and gradient are zero: any expert will do.
     return torch.searchsorted(offsets_E, index_R, right=True).clamp_max_(offsets_E.shape[0] - 1)

@@ -27,6 +27,8 @@ Kernel = Literal["auto", "torch", "loop"]
 _ALIGNMENT_BYTES = 16
 """What `F.grouped_mm` asks of every row stride (torch 2.11 to 2.13)."""
 
+_FEW_TOKENS = 32
+
 
 class GroupedProduct(Protocol):
     """Rows times the weights of their experts, in some precision. Differentiable; a frozen weight gets no gradient."""
@@ -56,9 +58,11 @@ class PlainGroupedProduct:
 
         On the CPU, oneDNN builds a kernel for every new shape of a bfloat16 product, and the router's counts are all
         different: groups as they came reached 130 GFLOP/s where multiples of 32, whose kernels are soon all built,
-        reached 350. float32 goes to BLAS, which has no such cost.
+        reached 350. float32 goes to BLAS, which has no such cost; nor have the few tokens of a decoding step, whose
+        counts are all small.
         """
         is_slow = x.device.type == "cpu" and x.dtype != torch.float32 and not torch.compiler.is_compiling()
+        is_slow = is_slow and x.shape[:-1].numel() > _FEW_TOKENS
         return 32 if is_slow else 1
 
 
@@ -78,6 +82,8 @@ def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor, num_rows: int = 0
         y_RN. Differentiable; a gradient is computed only for the operands that require one, so a frozen weight costs
         no weight gradient.
     """
+    if not torch.is_grad_enabled():  # a decoding step is short enough to feel the cost of a node
+        return rows_times_weights(x_RK, w_ENK, offsets_E, num_rows, transpose=True, kernel=kernel)
     return _GroupedProduct.apply(x_RK, w_ENK.view_as(w_ENK), offsets_E, num_rows, kernel)  # see `wants_gradient`
 
 
@@ -115,8 +121,9 @@ def rows_times_weights(
     y_RB = x_RA.new_empty(x_RA.shape[0], w_EAB.shape[2])
     weights, end = w_EAB.unbind(0), 0
     for expert, rows in expert_rows(offsets_E):
-        torch.mm(x_RA[rows], weights[expert], out=y_RB[rows])
-        end = rows.stop
+        if rows.start < rows.stop:  # few have any where a single token is decoded
+            torch.mm(x_RA[rows], weights[expert], out=y_RB[rows])
+            end = rows.stop
     y_RB[end:].zero_()
     return y_RB
 

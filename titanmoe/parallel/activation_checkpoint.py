@@ -53,6 +53,7 @@ _COSTLY = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.titanmoe.rows_times_weights.default,
+    torch.ops.titanmoe.rows_times_frozen.default,
     torch.ops.titanmoe.scaled_rows_times_weights.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
@@ -217,7 +218,8 @@ def _weight_shapes(model: Decoder, names: Sequence[str]) -> frozenset[torch.Size
                 mend='Name modules by the end of their path, such as "moe.router.gate" or "attention.o_proj".',
             )
         here = [module for path, module in model.named_modules() if f".{path}".endswith(f".{name}")]
-        shapes.update(local_tensor(module.weight).t().shape for module in here if isinstance(module, nn.Linear))
+        plain = [module for module in here if isinstance(module, nn.Linear) and module.weight is not None]
+        shapes.update(local_tensor(module.weight).t().shape for module in plain)
     return frozenset(shapes)
 
 

@@ -13,6 +13,7 @@ devices, and a collective wants them on the hosts: that is the one time per laye
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +29,7 @@ from titanmoe.models.moe.layer import MoELayer
 from titanmoe.ops.collectives import all_gather, reduce_scatter
 from titanmoe.ops.permute import Permutation, combine, permute, permute_weights, regroup_by_expert, sort_by_expert
 from titanmoe.parallel.mesh import EXPERT, EXPERT_TENSOR
-from titanmoe.parallel.tensor import split_parameter
-
-_HIDDEN = {"gate_up": 2, "gate_up_bias": 2, "down": 2}  # the dim of the hidden units
+from titanmoe.parallel.tensor import split_parameter, sum_over
 
 
 def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
@@ -46,7 +45,8 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     assert axes is not None
     for _, layer in model.moe_layers():
         for name, parameter in list(layer.experts.named_parameters(recurse=False)):
-            split = Shard(_HIDDEN[name]) if name in _HIDDEN else Replicate()
+            hidden_dim = layer.experts.hidden_dims[name]
+            split = Replicate() if hidden_dim is None else Shard(hidden_dim)
             placements = [Shard(0) if axis == EXPERT else split for axis in axes]
             setattr(layer.experts, name, split_parameter(parameter, mesh, placements))
         if EXPERT in axes:
@@ -54,7 +54,7 @@ def apply_expert_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         if EXPERT_TENSOR in axes:
             group = mesh.get_group(EXPERT_TENSOR)
             layer.dispatcher = _SharingDispatcher(layer.dispatcher, group)
-            layer.experts.num_addends = group.size()
+            layer.experts.num_addends, layer.experts.sum_addends = group.size(), partial(sum_over, group)
 
 
 def exchanging_dispatcher(layer: MoELayer) -> AllToAllDispatcher | None:

@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from titanmoe.models.adapters import row_norms
 from titanmoe.models.decoder import Decoder
 from titanmoe.ops.scaled_product import LowPrecisionProduct
-from titanmoe.ops.sharding import local_tensor
+from titanmoe.ops.sharding import local_box, local_tensor
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.shards import shard_dim
 
@@ -62,11 +63,36 @@ def apply_fsdp(
     shard(model, mesh.fsdp, frees=False)
     for module in model.modules():
         for product in vars(module).values():
+            product = getattr(product, "base", product)
             if isinstance(product, LowPrecisionProduct):
                 product.keeps_frozen = False  # weights are gathered for each use
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+@torch.no_grad()
+def init_magnitudes(model: Decoder) -> None:
+    """Set magnitudes of adapters to the norms of weights, which are there; collective, layer by layer, if sharded."""
+    if not any(name.endswith("lora_magnitude") for name, _ in model.named_parameters()):
+        return
+    for block in model.blocks():
+        groups = [module for module in block.modules() if isinstance(module, FSDPModule)]
+        for group in groups:
+            group.unshard()
+        found = [
+            (module, name, norms, local_box(getattr(module, name)))
+            for module in block.modules()
+            for name, norms in row_norms(module)
+        ]
+        for group in groups:
+            group.reshard()
+        for module, name, norms, gathered in found:
+            magnitude = getattr(module, name)
+            box = local_box(magnitude)
+            starts = [offset - first for offset, first in zip(box.offsets, gathered.offsets, strict=True)]
+            own = tuple(slice(start, start + size) for start, size in zip(starts, box.sizes, strict=True))
+            local_tensor(magnitude).copy_(norms.view(gathered.sizes)[own])
 
 
 def set_gradient_sync(model: Decoder, enabled: bool) -> None:

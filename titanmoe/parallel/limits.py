@@ -13,8 +13,10 @@ from titanmoe.models.decoder import Decoder
 from titanmoe.models.linear import Linear
 from titanmoe.models.moe.experts import Experts
 from titanmoe.models.spec import DecoderSpec, Dense, MoE, num_experts, num_heads
+from titanmoe.ops.frozen_formats import column_multiple, row_multiple
 from titanmoe.ops.scaled_product import LowPrecisionProduct, ScaledGroupedProduct, ScaledLinearProduct
 from titanmoe.ops.sharding import local_tensor
+from titanmoe.parallel.shards import tensor_dim
 
 
 def check_model_can_be_split(spec: DecoderSpec, degrees: Degrees) -> None:
@@ -37,6 +39,33 @@ def check_model_can_be_split(spec: DecoderSpec, degrees: Degrees) -> None:
     _check(_EXPERT_TENSOR, "hidden units of experts", hidden_dims, degrees.etp)
 
 
+def check_stored_can_be_split(model: Decoder, degrees: Degrees) -> None:
+    """
+    Args:
+        model: before it is split.
+
+    Raises:
+        ConfigError: a rank's part of a weight that is stored in few bits would begin within what shares a scale.
+    """
+    for path, module in model.named_modules():
+        for stored in getattr(module, "stored", {}).values():
+            if isinstance(module, Linear):
+                key, degree, dim = _TENSOR, degrees.tp, tensor_dim(f"{path}.weight", model.spec, degrees.tp)
+            else:
+                key, degree, dim = _EXPERT_TENSOR, degrees.etp, 0 if stored.name == "gate_up" else 1
+            if dim is None or degree == 1:
+                continue
+            multiple = (row_multiple, column_multiple)[dim](stored.format)
+            size, what = stored.shape[-2:][dim], ("outputs", "inputs")[dim]
+            if size % (degree * multiple):
+                raise ConfigError(
+                    f"a rank's part of {path} would be {size / degree:g} of its {size} {what}, not a multiple of "
+                    f"{multiple}, which share scales in {stored.format.name}",
+                    where=key,
+                    mend="Lower it, choose another format, or leave this module out in filter_fqns.",
+                )
+
+
 def check_products_can_be_split(model: Decoder) -> None:
     """
     Args:
@@ -46,10 +75,13 @@ def check_products_can_be_split(model: Decoder) -> None:
         ConfigError: what a rank has of a weight is not of a size that its product in low precision can have.
     """
     for path, module in model.named_modules():
-        if isinstance(module, Linear) and isinstance(module.product, ScaledLinearProduct):
-            _check_sizes(path, module.weight, module.product, _TENSOR)
+        if isinstance(module, Linear):
+            product = getattr(module.product, "base", module.product)
+            if isinstance(product, ScaledLinearProduct):
+                _check_sizes(path, module.weight, product, _TENSOR)
         elif isinstance(module, Experts):
-            for weight, product in ((module.gate_up, module.gate_up_product), (module.down, module.down_product)):
+            for weight, outer in ((module.gate_up, module.gate_up_product), (module.down, module.down_product)):
+                product = getattr(outer, "base", outer)
                 if isinstance(product, ScaledGroupedProduct):
                     _check_sizes(path, weight, product, _EXPERT_TENSOR)
 

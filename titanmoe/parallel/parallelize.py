@@ -13,7 +13,7 @@ from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
 from titanmoe.parallel.context import apply_context_parallel, share_sequence_statistics
 from titanmoe.parallel.expert import apply_expert_parallel
 from titanmoe.parallel.fsdp import Reshard, apply_fsdp
-from titanmoe.parallel.limits import check_products_can_be_split
+from titanmoe.parallel.limits import check_products_can_be_split, check_stored_can_be_split
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.tensor import apply_tensor_parallel
 
@@ -39,6 +39,7 @@ def parallelize(
     Returns:
         What is to be called: the model; or a model for each of its `parts`, which are stages of a pipeline.
     """
+    check_stored_can_be_split(model, mesh.degrees)
     if mesh.degrees.cp > 1:
         apply_context_parallel(model, mesh.context)
     if mesh.degrees.cp * mesh.degrees.tp > 1:

@@ -77,7 +77,7 @@ def _local(name: str, shape: tuple[int, ...], spec: DecoderSpec, degrees: Degree
             return LocalParameter(name, group, FSDP_OF_EXPERTS, shape, (EXPERT,), EXPERT_TENSOR)
         shape = _split(shape, 2, degrees.etp)
         return LocalParameter(name, group, FSDP_OF_EXPERTS, shape, (EXPERT, EXPERT_TENSOR))
-    dim = _tensor_dim(name, spec, degrees.tp)
+    dim = tensor_dim(name, spec, degrees.tp)
     if dim is None or dim >= len(shape):
         return LocalParameter(name, group, FSDP, shape, addends=TENSOR)
     return LocalParameter(name, group, FSDP, _split(shape, dim, degrees.tp), (TENSOR,))
@@ -92,7 +92,7 @@ def _group(name: str, is_tied: bool) -> str:
     return embedding if name.startswith("tok_embeddings") else last
 
 
-def _tensor_dim(name: str, spec: DecoderSpec, num_ranks: int) -> int | None:
+def tensor_dim(name: str, spec: DecoderSpec, num_ranks: int) -> int | None:
     """Along which dim `apply_tensor_parallel` splits a parameter; None if every rank has all of it."""
     module = name.split(".")[-2]
     if module in ("k_proj", "v_proj"):

@@ -70,11 +70,21 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
 
 
 def _place(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
-    """Make DTensors of the module's own parameters that are none yet; a bias along dim 1 of its weight stays whole."""
+    """Make DTensors of the module's own parameters that are none yet. `Shard(0)` splits outputs, `Shard(1)` inputs."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         if not isinstance(parameter, DTensor):
-            fits = not isinstance(placement, Shard) or placement.dim < parameter.dim()
-            setattr(module, name, split_parameter(parameter, mesh, [placement if fits else Replicate()]))
+            own = placement
+            if isinstance(placement, Shard) and isinstance(module, Linear):
+                dim = module.feature_dims[name][placement.dim]
+                own = Replicate() if dim is None else Shard(dim)
+            setattr(module, name, split_parameter(parameter, mesh, [own]))
+
+
+def sum_over(group: dist.ProcessGroup, addend: Tensor) -> Tensor:
+    """The sum over the ranks of a group, without a gradient."""
+    total = addend.clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def split_parameter(parameter: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> nn.Parameter:
@@ -136,7 +146,7 @@ def _after(module: nn.Module, hook: Any, tokens: _Tokens) -> None:
 def _split_sum(linear: Linear, mesh: DeviceMesh, tokens: _Tokens) -> None:
     """Split the inputs of `linear`: its outputs are addends, and each rank gets its own tokens of their sum."""
     _place(linear, mesh, Shard(1))
-    linear.num_addends = tokens.size
+    linear.num_addends, linear.sum_addends = tokens.size, functools.partial(sum_over, tokens.group)
     _after(linear, _sum_output, tokens)
 
 

@@ -12,6 +12,9 @@ from typing import Literal, Protocol, TypeVar
 
 import torch
 
+from titanmoe.checkpoint.adapter_config import AdapterSettings
+from titanmoe.checkpoint.adapters import load_adapter
+from titanmoe.checkpoint.base_model import BaseModel
 from titanmoe.checkpoint.checkpointer import Checkpointer
 from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.checkpoint.hf_save import check_exportable
@@ -24,9 +27,10 @@ from titanmoe.config.job_config import JobConfig
 from titanmoe.config.pipeline import microbatch_size
 from titanmoe.config.sizes import degrees_of, global_batch_size
 from titanmoe.config.validate import validate
+from titanmoe.data.chat_source import ChatSource, open_chat
 from titanmoe.data.loader import DataLoader, merge_states
 from titanmoe.data.packing import Batch
-from titanmoe.data.sources import open_source
+from titanmoe.data.sources import DocumentSource, open_source
 from titanmoe.data.tokenizer import check_vocab, load_tokenizer
 from titanmoe.metrics.progress import progress_bar
 from titanmoe.metrics.terminal import current_terminal
@@ -35,6 +39,7 @@ from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import num_experts
 from titanmoe.ops.backends import choose_grouped_kernel
 from titanmoe.ops.grouped_mm import PlainGroupedProduct
+from titanmoe.parallel.fsdp import init_magnitudes
 from titanmoe.parallel.host_memory import move_buffers
 from titanmoe.parallel.limits import check_model_can_be_split
 from titanmoe.parallel.mesh import Mesh
@@ -124,14 +129,17 @@ class Job:
             self.num_validation_microbatches = self.lanes_per_rank // at_once
             self.validation_loader = self.ranks.on_each(partial(self._build_loader, "validation", at_once))
         self.model, self.compute = self._build_model()
-        self.optimizer = build_optimizer(
-            self.model,
-            name=config.optimizer.name,
-            lr=config.optimizer.lr,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            implementation=config.optimizer.implementation,
+        self.optimizer = self.ranks.on_each(  # a stage of a pipeline may have nothing to train
+            partial(
+                build_optimizer,
+                self.model,
+                name=config.optimizer.name,
+                lr=config.optimizer.lr,
+                betas=(config.optimizer.beta1, config.optimizer.beta2),
+                eps=config.optimizer.eps,
+                weight_decay=config.optimizer.weight_decay,
+                implementation=config.optimizer.implementation,
+            )
         )
         self.schedule = LearningRate(
             self.optimizer,
@@ -144,15 +152,30 @@ class Job:
         self.balance = ExpertBalance(self.model, config.moe.bias_update_rate, self.world.device)
         self.step = self.tokens_seen = 0
         self.checkpointer = self._build_checkpointer()
-        self._load()
+        if not self._load():
+            init_magnitudes(self.model)
         self.first_step = self.step + 1
         self.ranks.on_first(partial(write_config, self.dump_folder, config, config.job.save_config_file))
+
+    def _open_source(self, split: Literal["train", "validation"]) -> DocumentSource:
+        data, section = self.config.data, self.config.training if split == "train" else self.config.validation
+        if section.dataset == "chat" or section.dataset == "stdlib_docs":
+            return open_chat(
+                section.dataset,
+                section.dataset_path,
+                split,
+                self.tokenizer,
+                template=data.chat_template,
+                loss_on=data.loss_on,
+                messages_key=data.messages_key,
+            )
+        return open_source(section.dataset, section.dataset_path, split, data.text_key)
 
     def _build_loader(self, split: Literal["train", "validation"], local_batch_size: int) -> DataLoader:
         """As many lanes for validation as for training, so that neither depends on the number of ranks."""
         config, is_training = self.config, split == "train"
         section = config.training if is_training else config.validation
-        source = open_source(section.dataset, section.dataset_path, split, config.data.text_key)
+        source = self._open_source(split)
         first_lane = self.mesh.data_rank * self.lanes_per_rank
         return self._closing(
             DataLoader(
@@ -167,6 +190,7 @@ class Job:
                 epochs=config.training.epochs if is_training else 1,
                 document_mask=config.data.document_mask,
                 append_eos=config.data.append_eos,
+                whole_documents=isinstance(source, ChatSource),
                 part=(self.mesh.context_rank, self.mesh.degrees.cp),
                 prefetch=section.dataloader.num_workers * (section.dataloader.prefetch_factor or 2),
             )
@@ -272,34 +296,69 @@ class Job:
                 mesh=self.mesh.describe(),
                 config_hash=config_fingerprint(self.config),
                 timeout=_PATIENCE,
+                base=self._base(),
             )
         )
 
-    def _load(self) -> None:
-        """Resume from the newest checkpoint, or begin with the seed, or with the weights that the config names."""
+    def _base(self) -> BaseModel | None:
+        """Where the frozen weights are from, if adapters are all that is trained and there are files of the others."""
+        if "lora" not in self.config.model.converters or not self.config.checkpoint.initial_load_in_hf:
+            return None
+        return self.ranks.on_first(partial(BaseModel.of, self._weights_folder()))
+
+    def _weights_folder(self) -> str:
+        """The safetensors to begin with."""
+        folder = self.config.checkpoint.initial_load_path or self.config.model.hf_assets_path
+        assert folder is not None, "validated"
+        return folder
+
+    def _load(self) -> bool:
+        """Resume from the newest checkpoint, or begin with the seed, or with the weights that the config names.
+
+        Returns:
+            Whether adapters were loaded, too.
+        """
         checkpoint = self.config.checkpoint
         if self.checkpointer is None:
-            return
+            return False
         excluded = checkpoint.exclude_from_loading
+        if self.checkpointer.base is not None:
+            self._load_weights()  # steps have the adapters only
         if self.checkpointer.load(self._run_state(), checkpoint.load_step, exclude=excluded) is not None:
             self.ranks.on_first(partial(log_changes, self.dump_folder, self.config))
-            return
+            return True
+        has_adapters = self._load_first(self.checkpointer)
+        if checkpoint.initial_adapter_path is not None:
+            settings = AdapterSettings.of(self.config.lora)
+            load_adapter(self.model, checkpoint.initial_adapter_path, self.family, settings)
+        return has_adapters or checkpoint.initial_adapter_path is not None
+
+    def _load_first(self, checkpointer: Checkpointer) -> bool:
+        """What a run begins with. Returns whether that has adapters."""
+        checkpoint = self.config.checkpoint
         path, seed = checkpoint.initial_load_path, self.dump_folder / checkpoint.folder / "step-0"
         if self.ranks.on_first(seed.is_dir):
-            self.checkpointer.load_model(seed, self.model)
-        elif checkpoint.initial_load_in_hf:
-            folder = path or self.config.model.hf_assets_path
-            assert folder is not None, "validated"
-            terminal = current_terminal()
-            bar = partial(progress_bar(terminal), "read") if self.world.rank == 0 else None
-            try:
-                load_hf_weights(self.model, folder, self.family, on_progress=bar)
-            finally:
-                terminal.clear_bar()
-        elif path is not None and checkpoint.initial_load_model_only:
-            self.checkpointer.load_model(path, self.model)
-        elif path is not None:
-            self.checkpointer.load_from(path, self._run_state(), exclude=excluded)
+            checkpointer.load_model(seed, self.model)
+            return True
+        if checkpoint.initial_load_in_hf:
+            if checkpointer.base is None:
+                self._load_weights()
+            return False
+        if path is None:
+            return False
+        if checkpoint.initial_load_model_only:
+            checkpointer.load_model(path, self.model)
+        else:
+            checkpointer.load_from(path, self._run_state(), exclude=checkpoint.exclude_from_loading)
+        return True
+
+    def _load_weights(self) -> None:
+        terminal = current_terminal()
+        bar = partial(progress_bar(terminal), "read") if self.world.rank == 0 else None
+        try:
+            load_hf_weights(self.model, self._weights_folder(), self.family, on_progress=bar)
+        finally:
+            terminal.clear_bar()
 
     def _run_state(self) -> RunState:
         return RunState(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+from titanmoe.checkpoint.adapter_config import AdapterSettings
 from titanmoe.checkpoint.hf_save import save_hf
 from titanmoe.checkpoint.pretrained import tokenizer_folder
 from titanmoe.config.errors import ConfigError
@@ -218,6 +219,7 @@ class Trainer(Job):
                     dtype=DTYPES[checkpoint.export_dtype],
                     tokenizer_dir=tokenizer_folder(model.tokenizer_path or model.hf_assets_path),
                     overwrite=True,
+                    adapters=AdapterSettings.of(self.config.lora) if "lora" in model.converters else None,
                 )
             except ConfigError as error:  # the model was looked at before training: this is the disk
                 raise NotExportedError(str(error)) from error

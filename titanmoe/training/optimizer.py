@@ -59,9 +59,9 @@ def build_optimizer(
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters by whether weight decay applies; groups without parameters are left out.
 
-    No decay for the parameters of norm layers, for biases, and for any other of at most one dim. Everything else
-    decays: projections, experts, routers, adapters, and embeddings too, as in torchtitan and Megatron. A parameter
-    that two modules share counts once, where it comes first.
+    No decay for the parameters of norm layers, for biases, for magnitudes of adapters, and for any other of at most one
+    dim. Everything else decays: projections, experts, routers, adapters, and embeddings too, as in torchtitan and
+    Megatron. A parameter that two modules share counts once, where it comes first.
     """
     decayed: list[Tensor] = []
     exempt: list[Tensor] = []
@@ -71,7 +71,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            is_exempt = parameter.dim() <= 1 or name.endswith("bias") or type(module).__name__.endswith("Norm")
+            is_norm = type(module).__name__.endswith("Norm")
+            is_exempt = parameter.dim() <= 1 or name.endswith(("bias", "magnitude")) or is_norm
             (exempt if is_exempt else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},

@@ -37,13 +37,17 @@ class Checkpoint:
     initial_load_in_hf_quantized: bool = key(False, inert="whether weights are quantised is read from config.json")
     """The safetensors to begin with are quantised."""
 
+    initial_adapter_path: str | None = None
+    """An adapter to go on from: a folder that PEFT wrote (adapter_config.json, adapter_model.safetensors), for the
+    model that the run begins with. Its ranks and alpha must be those of `lora`. Not used when a run is resumed."""
+
     last_save_model_only: bool = False
     """At the last step, save only the model, in `checkpoint.export_dtype`. Training cannot be resumed from it.
     torchtitan's default is true; here a finished run can be prolonged."""
 
     last_save_in_hf: bool = False
-    """At the last step, save the model as safetensors in Hugging Face layout too; with `last_save_model_only`, instead
-    of a checkpoint."""
+    """At the last step, save the model as safetensors in Hugging Face layout too, adapters merged into its weights;
+    with `last_save_model_only`, instead of a checkpoint."""
 
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Format of the weights that `last_save_model_only` and `last_save_in_hf` write."""

@@ -8,7 +8,9 @@ from typing import Literal
 
 from titanmoe.config.keys import key
 
-DatasetName = Literal["stdlib", "text", "json", "parquet", "c4", "c4_test", "c4_validation"]
+DatasetName = Literal["stdlib", "text", "json", "parquet", "chat", "stdlib_docs", "c4", "c4_test", "c4_validation"]
+
+EMBEDDED_DATASETS = ("stdlib", "stdlib_docs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,21 @@ class Data:
     """Shuffle the documents, anew in every epoch; otherwise they come in the order of the files."""
 
     document_mask: bool = False
-    """Restrict attention to the tokens of the same document, and restart positions with each document."""
+    """Restrict attention to the tokens of the same document, and restart positions with each document. Always done
+    with conversations."""
 
     append_eos: bool = True
-    """End every document with the tokenizer's end-of-text token."""
+    """End every document with the tokenizer's end-of-text token. Conversations end as the chat template writes it."""
+
+    messages_key: str = "messages"
+    """Column or JSON key that holds the messages of a conversation."""
+
+    chat_template: str | None = None
+    """File with a Jinja chat template, instead of the tokenizer's own."""
+
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens of a conversation are learnt: what the assistant's turns wrote, end-of-turn token included, or all
+    of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +65,13 @@ class Training:
 
     dataset: DatasetName = "stdlib"
     """What to train on: the embedded `stdlib` (source files of Python's standard library), or local `text`, `json`
-    (JSON lines) or `parquet` files at `training.dataset_path`. torchtitan's `c4`, `c4_test` and `c4_validation` mean
-    `json` where a path is given; without one, the test data means `stdlib`, and `c4` is refused."""
+    (JSON lines) or `parquet` files at `training.dataset_path`; or conversations: `chat` (JSON or Parquet files with
+    messages, at that path) or the embedded `stdlib_docs` (questions on the standard library). torchtitan's `c4`,
+    `c4_test` and `c4_validation` mean `json` where a path is given; without one, the test data means `stdlib`, and `c4`
+    is refused."""
 
     dataset_path: str | None = None
-    """File or directory of the data. Not used with `stdlib`."""
+    """File or directory of the data. Not used with `stdlib` and `stdlib_docs`."""
 
     local_batch_size: int = key(8, at_least=1)
     """Sequences that one data-parallel rank computes at a time."""
@@ -158,10 +173,11 @@ class Validation:
     """Measure the validation loss during training."""
 
     dataset: DatasetName = "stdlib"
-    """What to validate on, as `training.dataset`; `stdlib` here is the part that is held out of training."""
+    """What to validate on, as `training.dataset`; `stdlib` and `stdlib_docs` here are the part that is held
+    out of training."""
 
     dataset_path: str | None = None
-    """File or directory of the data. Not used with `stdlib`."""
+    """File or directory of the data. Not used with `stdlib` and `stdlib_docs`."""
 
     local_batch_size: int = key(8, at_least=1)
     """Sequences that one data-parallel rank computes at a time."""

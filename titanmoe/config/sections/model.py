@@ -26,7 +26,8 @@ class Model:
 
     converters: tuple[str, ...] = ()
     """Changes applied to the model in this order before it is distributed: `quantize.linear.float8`,
-    `quantize.linear.mx`, `quantize.grouped_mm.float8`, `quantize.grouped_mm.mx`. Each has a section of this name."""
+    `quantize.linear.mx`, `quantize.grouped_mm.float8`, `quantize.grouped_mm.mx`, `quantize.frozen.float8`,
+    `quantize.frozen.mx`, `quantize.frozen.nf4`, `lora` (the last). Each has a section of this name."""
 
     print_after_conversion: bool = False
     """Print a table of what each product became, on which backend, and why others stayed as they were."""

@@ -7,7 +7,16 @@ from typing import Literal
 
 from titanmoe.config.keys import key
 
-CONVERTERS = ("quantize.linear.float8", "quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
+CONVERTERS = (
+    "quantize.linear.float8",
+    "quantize.linear.mx",
+    "quantize.grouped_mm.float8",
+    "quantize.grouped_mm.mx",
+    "quantize.frozen.float8",
+    "quantize.frozen.mx",
+    "quantize.frozen.nf4",
+    "lora",
+)
 """Names for `model.converters`, each that of a section."""
 
 AUTO_FILTER = "auto_filter_small_kn"
@@ -116,6 +125,63 @@ class QuantizeGroupedMM:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrozenFloat8:
+    """Converter `quantize.frozen.float8`: weights that are not trained, stored in FP8."""
+
+    recipe_name: Literal["channel", "block"] = "channel"
+    """What shares a scale: an output (channel), or a block of 128 x 128 values, as in DeepSeek's and Qwen's
+    checkpoints."""
+
+    fqns: tuple[str, ...] = ()
+    """Linear layers and modules of experts to convert, named by segments of their paths; all if there are none."""
+
+    filter_fqns: tuple[str, ...] = ()
+    """Those of them to leave as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenMX:
+    """Converter `quantize.frozen.mx`: weights that are not trained, stored in MXFP8."""
+
+    fqns: tuple[str, ...] = ()
+    """Linear layers and modules of experts to convert, named by segments of their paths; all if there are none."""
+
+    filter_fqns: tuple[str, ...] = ()
+    """Those of them to leave as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenNF4:
+    """Converter `quantize.frozen.nf4`: weights that are not trained, stored in 4 bits, as in QLoRA."""
+
+    block_size: int = key(64, at_least=2)
+    """Values of a row that share a scale: a power of two."""
+
+    double_quant: bool = True
+    """Store scales in 8 bits, too."""
+
+    fqns: tuple[str, ...] = ()
+    """Linear layers and modules of experts to convert, named by segments of their paths; all if there are none."""
+
+    filter_fqns: tuple[str, ...] = ()
+    """Those of them to leave as they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeFrozen:
+    """Weights that are not trained, in few bits: linear layers and experts below adapters."""
+
+    float8: FrozenFloat8 = FrozenFloat8()
+    """FP8, one scale per output or per block."""
+
+    mx: FrozenMX = FrozenMX()
+    """MXFP8, one scale per 32 values."""
+
+    nf4: FrozenNF4 = FrozenNF4()
+    """4 bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Low precision. The settings of each converter are in a section of its name."""
 
@@ -128,3 +194,6 @@ class Quantize:
 
     grouped_mm: QuantizeGroupedMM = QuantizeGroupedMM()
     """Experts."""
+
+    frozen: QuantizeFrozen = QuantizeFrozen()
+    """Weights that are not trained."""

@@ -6,6 +6,8 @@ Shape suffixes: R rows, E experts, D model dim, H hidden dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,6 +16,7 @@ from torch import Tensor
 from titanmoe.models.spec import MoE
 from titanmoe.ops.clamped_swiglu import clamped_swiglu
 from titanmoe.ops.expert_bias import add_expert_bias
+from titanmoe.ops.frozen_storage import Stored
 from titanmoe.ops.grouped_mm import GroupedProduct, PlainGroupedProduct
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.ops.swiglu import swiglu
@@ -25,28 +28,39 @@ class Experts(nn.Module):
     down: (E, D, H).
     gate_up_bias: (E, 2, H), or None.
     down_bias: (E, D), or None.
-    gate_up_product, down_product: what multiplies rows with the weights; replaced to change the precision.
+    gate_up_product, down_product: what multiplies rows with the weights; replaced to change the precision, or to add
+        to it.
+    read: gives a product the weight of a module that has a name, as (E, N, K); replaced where that is stored in
+        another form.
+    stored: by name, weights that are stored in another form; the parameter of that name is then None.
+    hidden_dims: of each parameter, the dim of the hidden units, None where it has none. Dim 0 is that of experts.
     num_addends: of how many processes' outputs the sum is taken; each of them adds that part of `down_bias`.
+    sum_addends: sums something over these processes; None if this is the only one.
     """
 
     num_addends = 1
+    sum_addends: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, dim: int, spec: MoE) -> None:
         super().__init__()
         num_experts, hidden_dim = spec.num_experts, spec.hidden_dim
         self.spec = spec
+        self.dim = dim
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2, hidden_dim, dim))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.gate_up_bias = nn.Parameter(torch.empty(num_experts, 2, hidden_dim)) if spec.bias else None
         self.down_bias = nn.Parameter(torch.empty(num_experts, dim)) if spec.bias else None
+        self.read: Callable[[Experts, str], Any] = read_expert_weight
+        self.stored: dict[str, Stored] = {}
+        self.hidden_dims: dict[str, int | None] = {"gate_up": 2, "gate_up_bias": 2, "down": 2, "down_bias": None}
         self.gate_up_product: GroupedProduct = PlainGroupedProduct()
         self.down_product: GroupedProduct = PlainGroupedProduct()
 
     def row_multiple(self, x: Tensor) -> int:
         """What every expert's rows should be padded to a multiple of, for tokens like `x`."""
         return math.lcm(
-            self.gate_up_product.row_multiple(x, self.gate_up.requires_grad),
-            self.down_product.row_multiple(x, self.down.requires_grad),
+            self.gate_up_product.row_multiple(x, "gate_up" not in self.stored and self.gate_up.requires_grad),
+            self.down_product.row_multiple(x, "down" not in self.stored and self.down.requires_grad),
         )
 
     def forward(self, x_RD: Tensor, weights_R: Tensor, offsets_E: Tensor, num_rows: int = 0) -> Tensor:
@@ -58,7 +72,7 @@ class Experts(nn.Module):
             if self.gate_up_bias is not None:
                 biased_R = (weights_R != 0).to(weights_R.dtype)  # so that padding stays zero
         # Local: of the experts in this process, which may not be all.
-        gate_up_R2H = self.gate_up_product(x_RD, local_tensor(self.gate_up).flatten(1, 2), offsets_E, num_rows)
+        gate_up_R2H = self.gate_up_product(x_RD, self.read(self, "gate_up"), offsets_E, num_rows)
         if self.gate_up_bias is not None:
             gate_up_R2H = add_expert_bias(
                 gate_up_R2H, local_tensor(self.gate_up_bias).flatten(1, 2), offsets_E, biased_R
@@ -68,10 +82,14 @@ class Experts(nn.Module):
             h_RH = swiglu(gate_up_R2H, weights)
         else:
             h_RH = clamped_swiglu(gate_up_R2H, weights, activation.limit, activation.alpha)
-        y_RD = self.down_product(h_RH, local_tensor(self.down), offsets_E, num_rows)
+        y_RD = self.down_product(h_RH, self.read(self, "down"), offsets_E, num_rows)
         if self.down_bias is None:
             return y_RD
         down_bias_ED = local_tensor(self.down_bias)
         if self.num_addends > 1:
             down_bias_ED = down_bias_ED / self.num_addends
         return add_expert_bias(y_RD, down_bias_ED, offsets_E, biased_R if weights is None else weights)
+
+
+def read_expert_weight(module: Experts, name: str) -> Tensor:
+    return local_tensor(getattr(module, name)).flatten(1, -2)
