@@ -6,7 +6,7 @@ ROOT=$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # shellcheck source=scripts/python_env.sh
 . "$ROOT/scripts/python_env.sh"
-prepare_python dev titanmoe torch torchao pytest transformers
+prepare_python dev titanmoe torch torchao pytest pytest-xdist transformers peft
 
 cd "$ROOT"
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
