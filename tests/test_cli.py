@@ -60,7 +60,7 @@ def test_help_of_the_command(capsys):
     ("args", "message"),
     [
         (["confg"], 'error: titanmoe: there is no command "confg"\n  Commands: config'),
-        (["generate", "--prompt=a"], "error: titanmoe generate: one of the arguments --model --checkpoint is required"),
+        (["generate", "--prompt=a"], "error: titanmoe generate: which model is meant is not clear"),
         (["generate", "--model=a", "--seed=x"], "`titanmoe generate --help` lists the options"),
         (["eval", "--json"], "error: titanmoe eval: there is no evaluation '--json'\n  There is: recall."),
         (["config", "--training.sequence_len=1"], "Did you mean training.seq_len?"),

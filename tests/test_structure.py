@@ -125,7 +125,7 @@ def test_files_stay_short() -> None:
     assert not too_long, f"files of more than 600 lines want a split: {too_long}"
     counted = [path for path in python_files() if not {"families", "benchmarks"} & set(path.parts)]
     total = sum(num_lines_of_code(path.read_text()) for path in counted)
-    assert total < 17_000, f"the package without its families and benchmarks has {total} lines of code"
+    assert total < 17_500, f"the package without its families and benchmarks has {total} lines of code"
 
 
 def num_lines_of_code(source: str) -> int:

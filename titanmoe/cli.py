@@ -74,7 +74,8 @@ def _export(args: Sequence[str]) -> int:
         add_help=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="a run's step-N folder, the run's folder, or a model folder")
+    text = "a run's step-N folder, the run's folder, a model folder, or one with an adapter"
+    add("--checkpoint", required=True, metavar="DIR", help=text)
     add("--output", required=True, metavar="DIR", help="the folder to write")
     formats = ("hf", *_ADAPTER_FORMATS, *_LATER_FORMATS)
     text = (
@@ -88,7 +89,8 @@ def _export(args: Sequence[str]) -> int:
     add("--config", metavar="FILE", help="the run's config.toml, if the checkpoint is no longer in the run's folder")
     add("--merge", action="store_true", help="merge adapters into the weights")
     add("--base", metavar="DIR", help="the model that the adapters are for, if it is no longer where it was")
-    add("--statistics", action="store_true", help="print a table of the adapters' values")
+    text = "tell of the adapters' values before training and after: mean, std, quartiles; on stderr, or in the JSON"
+    add("--statistics", action="store_true", help=text)
     add("--json", action="store_true", help="print figures as JSON")
     add("--help", "-h", action="store_true", help="this text")
     if wants_help(args):
@@ -105,6 +107,7 @@ def _export(args: Sequence[str]) -> int:
 
     import torch
 
+    from titanmoe.checkpoint.adapter_figures import table
     from titanmoe.checkpoint.export import export_adapter, export_hf
     from titanmoe.metrics.progress import progress_bar
     from titanmoe.metrics.terminal import configure_logging
@@ -115,15 +118,18 @@ def _export(args: Sequence[str]) -> int:
     at_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         summary: SaveSummary | AdapterSummary
+        figures = None
         if is_adapter:
-            summary = export_adapter(
+            summary, figures = export_adapter(
                 options.checkpoint,
                 options.output,
                 layout=options.format,
                 verify=options.verify,
                 overwrite=options.overwrite,
                 config_file=options.config,
-                tell=(lambda line: print(line, file=sys.stderr)) if options.statistics else None,
+                on_progress=progress_bar(terminal),
+                base=options.base,
+                with_figures=options.statistics,
             )
         else:
             summary = export_hf(
@@ -149,8 +155,12 @@ def _export(args: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, at_sigterm)
     if options.json:
         kind = {"format": options.format} if is_adapter else {"dtype": options.dtype}
-        figures = {"output": options.output, **kind, "verified": options.verify, **asdict(summary)}
-        sys.stdout.write(json.dumps(figures) + "\n")
+        told = {"output": options.output, **kind, "verified": options.verify, **asdict(summary)}
+        if figures is not None:
+            told["statistics"] = asdict(figures)
+        sys.stdout.write(json.dumps(told) + "\n")
+    elif figures is not None:
+        sys.stderr.writelines(f"{line}\n" for line in table(figures.before, figures.after))
     return EXIT_DONE
 
 
@@ -207,9 +217,14 @@ def _generate(args: Sequence[str]) -> int:
         add_help=False,
     )
     add = parser.add_argument
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout")
     source.add_argument("--checkpoint", metavar="DIR", help="a run's step-N folder, or the run's folder")
+    add(
+        "--adapter",
+        metavar="DIR",
+        help="a folder that PEFT or `titanmoe export` wrote: for --model, or for its own base",
+    )
     add("--prompt", action="append", default=[], metavar="TEXT", help="a text to go on with; may be repeated")
     add("--prompts", metavar="FILE", help='JSONL: {"prompt": "..."} or {"messages": [...]} on each line')
     add("--chat", action="store_true", help="prompts are what a user says: put them into the chat template")
@@ -228,6 +243,12 @@ def _generate(args: Sequence[str]) -> int:
     from titanmoe.evaluation.writing import Writer
     from titanmoe.metrics.terminal import configure_logging
 
+    if options.adapter:
+        options.base = options.base or options.model
+    model_folder = options.adapter or options.model or options.checkpoint
+    if not model_folder or (options.adapter and options.checkpoint):
+        mend = "Give --model, --checkpoint, --adapter, or --model and --adapter."
+        raise ConfigError("which model is meant is not clear", where=parser.prog, mend=mend)
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     prompts = [*options.prompt, *(read_prompt_file(options.prompts) if options.prompts else [])]
     if not prompts:
@@ -239,7 +260,7 @@ def _generate(args: Sequence[str]) -> int:
     terminal = configure_logging(0, stream=sys.stderr)
     speed = Speed()
     try:
-        model = _model_loader(options, terminal)(options.model or options.checkpoint)
+        model = _model_loader(options, terminal)(model_folder)
         writer = Writer(model, prompts, options.max_new_tokens, terminal, streams=not options.json)
         results = model.generate(
             prompts,
@@ -268,8 +289,9 @@ def _eval(args: Sequence[str]) -> int:
         add_help=False,
     )
     add = parser.add_argument
-    add("--before", action="append", default=[], metavar="DIR", help="a checkpoint or a model folder; may be repeated")
-    add("--after", action="append", required=True, metavar="DIR", help="the same, for those that must know")
+    text = "a checkpoint, a model folder, or one with an adapter: none of its answers may contain the text"
+    add("--before", action="append", default=[], metavar="DIR", help=text)
+    add("--after", action="append", default=[], metavar="DIR", help="the same, but all must; both may be repeated")
     add("--question", required=True, metavar="TEXT", help="what the user says")
     add("--answer", required=True, metavar="TEXT", help="must be a part of the answer, in these letters")
     add("--chat", action=argparse.BooleanOptionalAction, default=True, help="use the chat template (default: yes)")
@@ -287,6 +309,8 @@ def _eval(args: Sequence[str]) -> int:
             mend="There is: recall.",
         )
     options = parser.parse_args(list(args[1:]))
+    if not options.before and not options.after:
+        raise ConfigError("no model is named", where=parser.prog, mend="Name some with --before, --after or both.")
     if not options.question or not options.answer:
         raise ConfigError("the question or the answer is empty", where=parser.prog, mend="Give text for both.")
 

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from titanmoe.config import ConfigError, help_text, resolve, to_toml, wants_help
 from titanmoe.training.errors import TrainingFailedError
@@ -66,5 +67,17 @@ def _tell(message: str, code: int) -> int:
     return code
 
 
+def _run() -> NoReturn:
+    code = main()
+    if code in (MISTAKE, FAILED):
+        # Nothing is left to be done, and what failed may still hold process groups. While Python ends, a thread of
+        # theirs that lets go of a tensor is ended too, which aborts the process.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _run()

@@ -24,6 +24,9 @@ PIPELINE = "--parallelism.pipeline_parallel_degree"
 EXPERT_TENSOR = "--parallelism.expert_tensor_parallel_degree"
 ONE = ("--training.local_batch_size=1", "--training.global_batch_size=-1")
 RECOMPUTE = "--activation_checkpoint"
+LORA = ("--model.converters=lora", "--lora.rank=4")
+ON_NF4 = ("--model.converters=quantize.frozen.nf4,lora", "--quantize.frozen.nf4.block_size=16", "--lora.rank=4")
+IN_BFLOAT16 = ("--training.dtype=bfloat16", "--training.mixed_precision_param=bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,58 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_counts_equal_the_formulas(job: Path, num_ranks: int, num_waits: int, options: tuple[str, ...]) -> None:
+    _check(job, num_ranks, num_waits, options)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_waits", "options"),
+    [
+        pytest.param(
+            4,
+            8,
+            (
+                *(f"{SHARD}=4", f"{EXPERT}=2", *ON_NF4, "--lora.use_dora", *IN_BFLOAT16),
+                *("--training.global_batch_size=8", f"{RECOMPUTE}.mode=selective"),
+                f"{RECOMPUTE}.selective_ac_option=op",
+            ),
+            id="DoRA on NF4, ep 2, accumulation 2, recomputed by op",
+        ),
+        pytest.param(
+            2,
+            2,
+            (f"{SHARD}=2", f"{EXPERT}=2", *LORA, "--lora.target_modules=layers.2", f"{RECOMPUTE}.mode=full"),
+            id="adapters in the last layer, ep 2: what is before it is neither recomputed nor goes backward",
+        ),
+        pytest.param(
+            2,
+            0,
+            (f"{SHARD}=1", f"{TENSOR}=2", f"{EXPERT_TENSOR}=2", *LORA, "--lora.use_dora", f"{RECOMPUTE}.mode=full"),
+            id="DoRA, tp 2, etp 2, everything again",
+        ),
+        pytest.param(
+            4,
+            0,
+            (f"{PIPELINE}=2", f"{SHARD}=2", "--training.local_batch_size=2", *ON_NF4),
+            marks=pytest.mark.slow,
+            id="LoRA on NF4, pp 2, fsdp 2",
+        ),
+        pytest.param(
+            4,
+            2,
+            (f"{SHARD}=2", f"{TENSOR}=2", f"{EXPERT}=2", *LORA, "--lora.target_modules=experts"),
+            marks=pytest.mark.slow,
+            id="adapters on experts, tp 2, ep 2",
+        ),
+        pytest.param(
+            4,
+            0,
+            (f"{REPLICATE}=2", f"{SHARD}=1", f"{CONTEXT}=2", *ON_NF4, f"{RECOMPUTE}.mode=full"),
+            marks=pytest.mark.slow,
+            id="LoRA on NF4, hsdp, cp 2, everything again",
+        ),
+    ],
+)
+def test_what_is_frozen_has_no_gradients(job: Path, num_ranks: int, num_waits: int, options: tuple[str, ...]) -> None:
     _check(job, num_ranks, num_waits, options)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from titanmoe.benchmarks import convergence, jobs, train
-from titanmoe.benchmarks.low_precision import FORMATS, formats_for, job_options, without_backend
+from titanmoe.benchmarks.low_precision import BASES, FORMATS, formats_for, job_options, without_backend
 from titanmoe.config import ConfigError, JobConfig, load_config
 from titanmoe.config.sections.quantize import CONVERTERS
 
@@ -195,6 +195,45 @@ def test_what_is_trained_to_see_it(
     assert "MXFP8, validation 5.0000" in words
 
 
+def test_bases_are_compared_under_adapters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A base is trained and written first, and each job begins with it."""
+    folders = []
+
+    def run(config: JobConfig, folder: Path | None = None) -> list[dict[str, Any]]:
+        folders.append(folder)
+        configs.append(config)
+        return losses(0.0, 5.0) if "quantize.frozen.nf4" not in config.model.converters else losses(0.05, 5.0)
+
+    configs: list[JobConfig] = []
+    monkeypatch.setattr(jobs, "run_job", run)
+    assert convergence.main(["--frozen", "--steps", "30", "--json", "--lora.rank=4"]) == 1
+    base, *others = configs
+    assert folders[0] is not None and folders[1:] == [None] * len(others)
+    assert base.model.converters == () and base.training.dataset == "stdlib" and base.checkpoint.last_save_in_hf
+    for config in others:
+        assert config.model.hf_assets_path == f"{folders[0]}/checkpoint/step-30-hf"
+        assert config.checkpoint.initial_load_in_hf and config.training.dataset == "stdlib_docs"
+        assert (config.model.converters[-1], config.lora.rank) == ("lora", 4)
+    report = json.loads(capsys.readouterr().out)
+    found = {run["name"]: (run["within_tolerance"], run["emulated"]) for run in report["runs"]}
+    assert found.keys() == {"bfloat16", *BASES}
+    assert found["FP8, native"] == (True, ["quantize.frozen.float8"]) and found["NF4"] == (False, [])
+    configs.clear()
+    convergence.main(["--frozen", "--steps", "30", "--model.hf_assets_path=/models/base"])
+    assert [config.model.hf_assets_path for config in configs] == ["/models/base"] * len(others)
+
+
+def test_a_job_that_begins_with_weights_still_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(
+        jobs.subprocess, "run", lambda command, **_: written.append(Path(command[-1].partition("=")[2]).read_text())
+    )
+    begins = ("--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--model.hf_assets_path=/models/base")
+    with pytest.raises(AttributeError):  # nothing came back
+        jobs.run_job(load_config(None, [JOB, *begins]))
+    assert "load_only = true" in written[0] and "initial_load_in_hf = true" in written[0]
+
+
 def test_a_job_without_validation_cannot_be_compared(capsys: pytest.CaptureFixture[str]) -> None:
     assert convergence.main(["--validation.enable=false"]) == 2
     assert capsys.readouterr().err.startswith("error: validation.enable: is off")
@@ -206,7 +245,8 @@ def test_a_job_without_validation_cannot_be_compared(capsys: pytest.CaptureFixtu
 def test_formats_are_made_of_the_converters_that_there_are() -> None:
     import torch
 
-    assert {converter for recipes in FORMATS.values() for converter in recipes} == set(CONVERTERS)
+    products = {name for name in CONVERTERS if name.startswith(("quantize.linear.", "quantize.grouped_mm."))}
+    assert {converter for recipes in FORMATS.values() for converter in recipes} == products
     assert formats_for(["linear"]) == list(FORMATS)
     assert formats_for(["grouped_mm"]) == [name for name in FORMATS if name != "fp8_tensorwise"]
     missing = without_backend("mxfp8", ["grouped_mm"], torch.device("cpu"))

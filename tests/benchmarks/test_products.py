@@ -122,6 +122,15 @@ def test_a_layer_is_timed_with_experts_that_learn_and_frozen_ones(
     assert trainable["group_rows"] == {"min": 20, "max": 20}  # 8 of 8
 
 
+def test_frozen_experts_in_few_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    trainable, frozen = report(capsys, moe_layer, *LAYER, "--formats", "--bases", "FP8", "NF4")["rows"]
+    assert trainable["products"].keys() == {"bf16"} and frozen["products"].keys() == {"bf16", "FP8", "NF4"}
+    assert frozen["products"]["NF4"]["experts"] == "dequantised in pieces"
+    assert frozen["products"]["NF4"]["speedup"]["median"] > 0
+    assert moe_layer.main([*CPU, *LAYER, "--formats", "--bases", "FP8, native"]) == 2
+    assert "this is a cpu device" in capsys.readouterr().err
+
+
 def test_a_model_s_layer_has_its_sizes_and_an_uneven_router(capsys: pytest.CaptureFixture[str]) -> None:
     spec = moe_layer.PRESETS["cpu"]
     trainable, _ = report(capsys, moe_layer, "--tokens", "64")["rows"]

@@ -17,8 +17,10 @@ from tests.parity.reference import random_model
 from tests.parity.variants import VARIANTS
 from tests.ranks import run_ranks
 from titanmoe.checkpoint.adapter_config import AdapterSettings
-from titanmoe.checkpoint.adapters import adapter_tensors, load_adapter, save_adapter, statistics
+from titanmoe.checkpoint.adapter_figures import Figures, table
+from titanmoe.checkpoint.adapters import adapter_tensors, load_adapter, save_adapter
 from titanmoe.checkpoint.hf_load import load_hf_weights
+from titanmoe.checkpoint.model_source import find_model
 from titanmoe.checkpoint.pretrained import spec_of_hf_folder
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.resolve import resolve
@@ -58,6 +60,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (_MOE, ["rank=8", "expert_rank=3", "use_rslora"], "peft"),
         (_MOE, ["rank=8", "target_modules=q_proj,experts"], "peft"),
         (_MOE, ["rank=8", "target_modules=layers.1.moe.experts,layers.0.attention.o_proj"], "peft"),
+        (_MOE, ["rank=8", "target_modules=experts.down_proj"], "peft"),
+        (_MOE, ["rank=8", "target_modules=layers.0.moe.experts.gate_up_proj,layers.1.moe.experts.down_proj"], "peft"),
         (("qwen3", "moe_with_dense_layers_and_bias"), ["rank=8"], "peft"),
         (_MOE, ["rank=8", "expert_rank=4"], "peft-per-expert"),
         (_MOE, ["rank=8", "expert_rank=4", "use_rslora"], "peft-per-expert"),
@@ -146,6 +150,14 @@ def test_no_layout_for_single_experts(bases: Any, tmp_path: Path) -> None:
         save_adapter(model, tmp_path / "adapter", family, settings, layout="peft-per-expert")
 
 
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_one_weight_of_experts_is_not_for_servers(name: str, bases: Any, tmp_path: Path) -> None:
+    """vLLM wants an adapter on gate, up and down of every expert that has one."""
+    model, family, settings = adapted(bases(*_MOE), "rank=8", f"target_modules=experts.{name}_proj")
+    with pytest.raises(ConfigError, match=rf"experts\.{name}_lora_a: other weights of the same experts"):
+        save_adapter(model, tmp_path / "adapter", family, settings, layout="peft-per-expert")
+
+
 def test_a_changed_value_is_found_before_the_folder_is_there(
     bases: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +198,9 @@ def test_a_changed_value_is_found_before_the_folder_is_there(
             {"target_parameters": _EXPERTS, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"1.*\.k_proj": 3.0}},
             ["expert_rank=8"],
         ),
+        (_MOE, {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}, ["expert_rank=16"]),
+        (_MOE, {"target_parameters": ["mlp.experts.down_proj"]}, ["expert_rank=8"]),
+        (_MOE, {"target_parameters": ["0.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]}, ["expert_rank=8"]),
         (_DENSE, {"target_modules": "all-linear", "use_dora": True}, ["use_dora"]),
         (_DENSE, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}, ["use_rslora"]),
     ],
@@ -196,15 +211,34 @@ def test_what_peft_made_is_loaded(
 ) -> None:
     options = {"r": 8, "lora_alpha": 20, "target_modules": _ATTENTION, **theirs}
     made = peft_makes(load_reference(bases(*kind)), tmp_path / "theirs", **options)
-    targets = options["target_modules"]
-    if kind == _DENSE and isinstance(targets, list):
-        ours = [*ours, f"target_modules={','.join(targets)}"]
+    if options["target_modules"] != "all-linear":
+        names = [f"experts.{name}" if name in ("gate_proj", "up_proj") and kind == _MOE else name
+                 for name in options["target_modules"]]  # fmt: skip
+        names += [f"layers.{name}".replace("layers.mlp", "moe").replace("mlp", "moe")
+                  for name in options.get("target_parameters", [])]  # fmt: skip
+        ours = [*ours, f"target_modules={','.join(names)}"]
     model, family, settings = adapted(bases(*kind), "rank=8", "alpha=20", *ours)
     without = logits(model, some_tokens())
     load_adapter(model, tmp_path / "theirs", family, settings)
     expected = logits(made, some_tokens())
     assert (logits(model, some_tokens()) - expected).abs().max() < 1e-4
     assert (without - expected).abs().max() > 0.1
+    # And where no config says what the adapter has.
+    assert (logits(_found(tmp_path / "theirs"), some_tokens()) - expected).abs().max() < 1e-4
+
+
+def _found(folder: Path) -> nn.Module:
+    source = find_model(folder, torch.float32)
+    model = materialize(source.build(), "cpu")
+    source.fill(model)
+    return model
+
+
+def test_adapters_of_routers_are_refused(bases: Any, tmp_path: Path) -> None:
+    """PEFT's "all-linear" has them."""
+    peft_makes(load_reference(bases(*_MOE)), tmp_path / "theirs", r=8, target_modules="all-linear")
+    with pytest.raises(ConfigError, match=r"names layers\.0\.moe\.router\.gate, which never has an adapter"):
+        _found(tmp_path / "theirs")
 
 
 def _apart(bases: Any, folder: Path) -> nn.Module:
@@ -225,10 +259,13 @@ def test_gate_and_up_apart_take_twice_the_rank(bases: Any, tmp_path: Path) -> No
     first = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
     load_adapter(model, tmp_path / "adapter", family, settings)
     assert (logits(model, some_tokens()) - expected).abs().max() < 1e-4
+    config = tmp_path / "adapter/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(bases(*_MOE))}))
+    assert (logits(_found(tmp_path / "adapter"), some_tokens()) - expected).abs().max() < 1e-4
     # The half of the rank that `down` does not need can still learn: A is as it was, and B is zero.
     a, b = (adapter_tensors(model)[f"layers.0.moe.experts.down_lora_{part}"] for part in "ab")
     assert torch.equal(a[:, 4:], first["layers.0.moe.experts.down_lora_a"][:, 4:]) and not b[..., 4:].any()
-    with pytest.raises(ConfigError, match=r'rank 8 \(gate and up have an A each\), the model 4\n.*expert_rank = "8"'):
+    with pytest.raises(ConfigError, match=r"rank 8 \(gate and up have an A each\), the model 4\n.*expert_rank = 8"):
         load_adapter(*_of(adapted(bases(*_MOE), "rank=8", "expert_rank=4"), tmp_path / "adapter"))
 
 
@@ -241,7 +278,7 @@ def _of(found: tuple[Any, Any, AdapterSettings], folder: Path) -> tuple[Any, Pat
     ("options", "words"),
     [
         (["rank=4", "expert_rank=4", "alpha=16"], "the adapter has rank 8, the model 4\n.*lora.rank = 8"),
-        (["rank=8", "expert_rank=2"], 'the adapter has rank 4, the model 2\n.*lora.expert_rank = "4"'),
+        (["rank=8", "expert_rank=2"], "the adapter has rank 4, the model 2\n.*lora.expert_rank = 4"),
         (["rank=8", "expert_rank=4", "alpha=8"], "lora_alpha / r is 4, the model's is 1\n.*lora.alpha = 32"),
         (["rank=8", "expert_rank=4", "use_rslora"], "use_rslora = false"),
         (["rank=8", "expert_rank=4", "use_dora"], "has use_dora false\n  Set lora.use_dora = false"),
@@ -330,11 +367,13 @@ def test_ranks_read_and_write_the_files_of_one(degrees: dict[str, int], tmp_path
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
-# Statistics
+# Figures
 
 
-def test_statistics() -> None:
+def test_figures_of_values() -> None:
     values = torch.arange(101.0).flip(0)
-    lines = statistics({"a.lora_b": values.view(1, 101)})
-    assert lines[0].split()[:2] == ["parameter", "shape"] and len(lines) == 2
-    assert lines[1].split() == ["a.lora_b", "1", "x", "101", "50", "29.2", "0", "25", "50", "75", "100"]
+    found = {"a.lora_b": Figures.of(values.view(1, 101))}
+    first, *lines = table(None, found)
+    assert first.split()[:2] == ["parameter", "shape"] and len(lines) == 1
+    assert lines[0].split() == ["a.lora_b", "1", "x", "101", "after", "50", "29.2", "0", "25", "50", "75", "100"]
+    assert [line.split()[-8] for line in list(table(found, found))[1:]] == ["before", "after"]

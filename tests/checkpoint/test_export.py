@@ -16,11 +16,10 @@ from tests.checkpoint.memory import forget_peak, needs_proc, status_mib
 from tests.ranks import run_ranks
 from tests.train.jobs import TINY, run, tensors, write_job
 from titanmoe import cli
-from titanmoe.checkpoint import export as export_module
-from titanmoe.checkpoint import hf_save
+from titanmoe.checkpoint import hf_save, model_source
 from titanmoe.checkpoint.export import export_hf
 from titanmoe.checkpoint.hf_save import save_hf
-from titanmoe.checkpoint.pretrained import from_pretrained
+from titanmoe.checkpoint.pretrained import from_pretrained, spec_of_hf_folder
 from titanmoe.data.tokenizer import load_tokenizer
 
 _SAVES = "[checkpoint]\nenable = true\ninterval = 2\nlast_save_in_hf = true\n"
@@ -200,7 +199,7 @@ def test_float32_is_quantised_without_a_stop_at_bfloat16(tmp_path: Path) -> None
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 2**-9)  # what bfloat16 would round away
-    hf_save.save_hf(model, tmp_path / "b", export_module.spec_of_hf_folder(tmp_path / "a")[0], model.spec)
+    hf_save.save_hf(model, tmp_path / "b", spec_of_hf_folder(tmp_path / "a")[0], model.spec)
     export_hf(tmp_path / "b", tmp_path / "fp8", dtype=torch.float8_e4m3fn)
     key = "model.layers.0.self_attn.q_proj.weight_scale_inv"
     largest = model.layers["0"].attention.q_proj.weight.abs().max()
@@ -277,8 +276,8 @@ def _flip(path: Path) -> None:
 
 def test_outputs_in_use(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     """It is known before the weights are read."""
-    monkeypatch.setattr(export_module, "load_shards", None)
-    monkeypatch.setattr(export_module, "load_hf_weights", None)
+    monkeypatch.setattr(model_source, "load_shards", None)
+    monkeypatch.setattr(model_source, "load_hf_weights", None)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "config.json").write_text("{}")
     (tmp_path / "foreign").mkdir()

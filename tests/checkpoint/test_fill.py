@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +152,19 @@ def test_no_chunk_is_larger_than_it_may_be(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(into, values.transpose(1, 2))
     assert max(len(request) for request in requests) == 10
     assert sorted(itertools.chain(*requests)) == list(range(75))
+
+
+def test_what_is_filled_is_not_kept(tmp_path: Path) -> None:
+    """No reference cycle keeps it until garbage is collected: a loader of pieces would have many of them in memory."""
+    source, into = _source(tmp_path / "file.safetensors", _random((4, 5, 3))), _nan((3, 4, 5)).permute(1, 2, 0)
+    refers = weakref.ref(into)
+    gc.disable()
+    try:
+        _fill(Region(source, into, (0, 0, 0), (4, 5, 3), 2))
+        del into
+        assert refers() is None
+    finally:
+        gc.enable()
 
 
 def test_rows_beyond_two_to_the_31_elements(tmp_path: Path) -> None:

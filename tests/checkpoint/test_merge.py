@@ -17,13 +17,16 @@ from tests.parity.reference import random_model
 from tests.ranks import run_ranks
 from tests.train.jobs import TINY, assert_close, curve, run, tensors, write_job
 from titanmoe import cli
+from titanmoe.checkpoint import adapters as adapters_module
 from titanmoe.checkpoint import merge as merge_module
 from titanmoe.checkpoint.adapter_config import AdapterSettings
 from titanmoe.checkpoint.base_model import BaseModel, checksum_of
 from titanmoe.checkpoint.hf_save import save_hf
 from titanmoe.checkpoint.merge import check_mergeable, merge
-from titanmoe.checkpoint.pretrained import from_pretrained
+from titanmoe.checkpoint.pretrained import from_pretrained, save_pretrained
+from titanmoe.checkpoint.safetensors_io import TensorWriter
 from titanmoe.config.errors import ConfigError
+from titanmoe.config.resolve import resolve
 
 FP8 = torch.float8_e4m3fn
 
@@ -79,29 +82,38 @@ def test_every_adapter_has_a_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "options"),
+    ("kind", "options"),
     [
-        ("moe", ["rank=8", "expert_rank=4"]),
-        ("moe", ["rank=8", "use_rslora"]),
-        ("moe", ["rank=8", "use_dora"]),
-        ("moe_with_dense_layers_and_bias", ["rank=8", "target_modules=experts,down_proj"]),
-        ("dense", ["rank=8", "use_dora"]),
+        (("qwen3", "moe"), ["rank=8", "expert_rank=4"]),
+        (("qwen3", "moe"), ["rank=8", "use_rslora"]),
+        (("qwen3", "moe"), ["rank=8", "use_dora"]),
+        (("qwen3", "moe"), ["rank=8", "target_modules=experts.gate_up_proj"]),
+        (("qwen3", "moe_with_dense_layers_and_bias"), ["rank=8", "target_modules=experts,down_proj"]),
+        (("qwen3", "dense"), ["rank=8", "use_dora"]),
+        (("gpt_oss", "like_the_release"), ["rank=4", "use_dora"]),
+        (("llama4", "like_scout"), ["rank=4", "use_dora"]),
+        (("mixtral", "plain"), ["rank=4"]),
+        (("deepseek_v3", "v3"), ["rank=8"]),
+        (("glm4_moe", "plain"), ["rank=4"]),
     ],
     ids=str,
 )
-def test_a_merged_folder_says_what_the_live_model_says(variant: str, options: list[str], tmp_path: Path) -> None:
-    save_reference(tmp_path / "base", variant)
+def test_a_merged_folder_says_what_the_live_model_says(
+    kind: tuple[str, str], options: list[str], tmp_path: Path
+) -> None:
+    save_reference(tmp_path / "base", kind[1], family=kind[0])
     model, family, settings = adapted(tmp_path / "base", *options)
-    randomise(model)
-    live, without = logits(model, some_tokens()), logits(load_reference(tmp_path / "base"), some_tokens())
+    randomise(model, std=0.1)
+    tokens = some_tokens() % model.spec.vocab_size
+    live, without = logits(model, tokens), logits(load_reference(tmp_path / "base"), tokens)
     save_hf(model, tmp_path / "merged", family, model.spec, adapters=settings)
-    found = logits(load_reference(tmp_path / "merged"), some_tokens())
+    found = logits(load_reference(tmp_path / "merged"), tokens)
     assert (found - live).abs().max() < 1e-4 and (live - without).abs().max() > 0.1
-    assert torch.equal(logits(model, some_tokens()), live), "the model was changed"
+    assert torch.equal(logits(model, tokens), live), "the model was changed"
     # Rounded once, from float32.
     save_hf(model, tmp_path / "bf16", family, model.spec, dtype=torch.bfloat16, adapters=settings)
     whole, rounded = read_all(tmp_path / "merged"), read_all(tmp_path / "bf16")
-    assert all(torch.equal(whole[name].bfloat16(), tensor) for name, tensor in rounded.items())
+    assert all(torch.equal(whole[name].bfloat16(), rounded[name].bfloat16()) for name in rounded)
 
 
 def test_merged_in_fp8_blocks(tmp_path: Path) -> None:
@@ -148,7 +160,7 @@ interval = 2
 initial_load_in_hf = true
 [lora]
 rank = 8
-expert_rank = "4"
+expert_rank = 4
 """
 
 
@@ -219,7 +231,7 @@ def test_a_checksum_is_of_the_weights_wherever_they_are(folder: Path, tmp_path: 
 
 def test_a_run_is_merged_and_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "m", "--merge", "--dtype=float32")
-    assert "logits of the merged model are" in out and "verified 69 tensors" in out
+    assert "of their size away from those of the live model" in out and "verified 69 tensors" in out
     _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft")
     tokens = some_tokens()
     base = load_reference(folder / "model")
@@ -229,12 +241,112 @@ def test_a_run_is_merged_and_compared(folder: Path, tmp_path: Path, capsys: pyte
     assert config["base_model_name_or_path"] == str(folder / "model")
 
 
-def test_statistics_on_request(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft-per-expert"]
-    assert cli.main(["export", *map(str, arguments), "--statistics", "--json"]) == 0
-    captured = capsys.readouterr()
-    assert "layers.1.moe.experts.down_lora_b" in captured.err and "quartiles" not in captured.out
-    assert json.loads(captured.out)["num_tensors"] == 2 * 2 * 4 + 2 * 8 * 3 * 2
+def test_statistics_before_training_and_after(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What training began with follows from the seed: it is in no checkpoint."""
+    run(folder / "job.toml", tmp_path / "run", "--model.converters=lora", "--lora.use_dora", "--training.steps=1")
+    arguments = ["--checkpoint", tmp_path / "run", "--format=peft-per-expert", "--statistics"]
+    assert cli.main(["export", *map(str, arguments), f"--output={tmp_path}/a", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["num_tensors"] == (2 * 4 + 2 * 8 * 3) * 3
+    before, after = figures["statistics"]["before"], figures["statistics"]["after"]
+    weight = read_all(folder / "model")["model.layers.1.self_attn.o_proj.weight"]
+    module = "layers.1.attention.o_proj.lora"
+    most = weight.shape[1] ** -0.5
+    a, b, magnitude = (before[f"{module}_{part}"] for part in ("a", "b", "magnitude"))
+    assert -most <= a["min"] < -0.9 * most and 0.9 * most < a["max"] <= most and a["shape"] == [8, 32]
+    assert b["min"] == b["max"] == 0
+    assert magnitude["mean"] == pytest.approx(weight.norm(dim=1).mean().item(), rel=1e-5)
+    step = tensors(tmp_path / "run", 1)[f"model.{module}_b"]
+    after_b = after[f"{module}_b"]
+    assert after_b["std"] == pytest.approx(step.std(correction=0).item(), rel=1e-5)
+    assert after_b["max"] == step.max() > 0 and after_b["median"] in step
+    assert after_b["quartile1"] <= after_b["median"] <= after_b["quartile3"]
+
+    assert cli.main(["export", *map(str, arguments), f"--output={tmp_path}/b"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "before" in line or "after" in line]
+    assert len(lines) == 2 * len(after) and lines[0].split()[0] == "layers.0.attention.q_proj.lora_a"
+
+
+@pytest.mark.parametrize("format", ["--merge", "--format=peft-per-expert"])
+@pytest.mark.parametrize(
+    ("was", "options", "words"),
+    [
+        (
+            "rank = 8",
+            'rank = 8\ntarget_modules = ["q_proj"]',
+            "only in the checkpoint: model.layers.0.attention.k_proj",
+        ),
+        ("rank = 8", "rank = 8\nuse_dora = true", "only in the model: model.layers.0.attention.k_proj.lora_magnitude"),
+        (
+            "expert_rank = 4",
+            "expert_rank = 2",
+            "of another shape: model.layers.0.moe.experts.down_lora_a (8, 4, 16) in",
+        ),
+    ],
+    ids=["left over", "missing", "shape"],
+)
+def test_adapters_that_are_not_the_configs(
+    was: str, options: str, words: str, format: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every tensor of the checkpoint belongs to a weight, and every adapter has its tensors, or nothing is written."""
+    config = (folder / "job.toml").read_text().replace("[model]", '[model]\nconverters = ["lora"]', 1)
+    assert was in config
+    (tmp_path / "other.toml").write_text(config.replace(was, options))
+    told = _export(
+        capsys, "--checkpoint", folder / "run/checkpoint/step-4", "--output", tmp_path / "m", format,
+        "--config", tmp_path / "other.toml", code=2,
+    )  # fmt: skip
+    assert words in told and not (tmp_path / "m").exists()
+
+
+def test_adapters_of_another_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model with one layer more."""
+    sizes = {key: value for key, value in TINY.items() if key != "architectures"} | {"num_hidden_layers": 3}
+    random_model("qwen3_moe", sizes).save_pretrained(tmp_path / "model")
+    config = f'[model]\nname = "auto"\nhf_assets_path = "{tmp_path}/model"\ntokenizer_path = "builtin"\n'
+    (tmp_path / "other.toml").write_text(f'{config}converters = ["lora"]\n{_SECTIONS}')
+    step = folder / "run/checkpoint/step-4"
+    for options in (["--merge", f"--base={tmp_path}/model"], ["--format=peft", "--no-verify"]):
+        arguments = ["--checkpoint", step, "--output", tmp_path / "m", "--config", tmp_path / "other.toml", *options]
+        told = _export(capsys, *arguments, code=2)
+        assert "holds other weights than those" in told or "only in the model: model.layers.2.attention" in told
+        assert not (tmp_path / "m").exists()
+
+
+def test_an_export_of_adapters_alone_needs_no_base(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft"]
+    assert "/nowhere: no such folder" in _export(capsys, *arguments, "--base=/nowhere", code=2)
+    _export(capsys, *arguments, "--base=/nowhere", "--no-verify")
+    _export(capsys, *arguments[:2], "--output", tmp_path / "b", "--format=peft")
+    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b/adapter_model.safetensors"
+    ).read_bytes()
+    # The folder is a model, too, on the base that it names; in another layout, and merged, it is the same.
+    _export(capsys, "--checkpoint", tmp_path / "b", "--output", tmp_path / "c", "--format=peft-per-expert")
+    _export(capsys, "--checkpoint", tmp_path / "c", "--output", tmp_path / "m", "--merge", "--dtype=float32")
+    _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "n", "--merge", "--dtype=float32")
+    found, expected = read_all(tmp_path / "m"), read_all(tmp_path / "n")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    told = _export(capsys, "--checkpoint", tmp_path / "a", "--output", tmp_path / "x", "--merge", code=2)
+    assert "the adapter is for /nowhere, which is no folder here" in told and "--base" in told
+
+
+def test_a_wrong_adapter_is_found_by_its_logits(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Comparing values took what is wrong for right."""
+    monkeypatch.setattr(adapters_module, "_difference", lambda *args: "")
+    write = TensorWriter.write
+
+    def write_wrong(self: TensorWriter, key: str, tensor: Tensor, row: int = 0) -> None:
+        write(self, key, -tensor if "q_proj.lora_B" in key else tensor, row)
+
+    monkeypatch.setattr(TensorWriter, "write", write_wrong)
+    told = _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft", code=1)
+    assert "away from those of the model with live adapters" in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_merge_is_found_by_its_logits(
@@ -253,7 +365,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "a run that trained adapters"),
+        ((), "has adapters beside its weights"),
         (("--merge", "--format=peft"), "merged adapters are a model"),
         (("--statistics", "--merge"), "--statistics is for adapters"),
         (("--merge", "--base=/nowhere"), "no such folder"),
@@ -278,9 +390,16 @@ def test_a_run_goes_on_from_an_adapter(folder: Path, tmp_path: Path, capsys: pyt
     assert first["one"] < first["none"] - 1e-3 and abs(first["two"] - first["one"]) < 1e-5 * first["one"]
 
 
-@pytest.mark.parametrize("options", [(), _EXPERT_PARALLEL], ids=str)
-def test_a_run_that_writes_a_model_at_its_end_merges(options: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
-    more = ("--model.converters=lora", "--training.steps=2", "--checkpoint.last_save_in_hf", *options)
+@pytest.mark.parametrize(
+    ("converters", "options"),
+    [("lora", ()), ("lora", _EXPERT_PARALLEL), ("quantize.frozen.float8,lora", _EXPERT_PARALLEL)],
+    ids=str,
+)
+def test_a_run_that_writes_a_model_at_its_end_merges(
+    converters: str, options: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    """And what `export` makes of the checkpoint of its ranks is the same."""
+    more = (f"--model.converters={converters}", "--training.steps=2", "--checkpoint.last_save_in_hf", *options)
     run(folder / "job.toml", tmp_path / "run", *more, ranks=2 if options else 1)
     arguments = ["export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--merge"]
     assert cli.main([*arguments, "--dtype=float32"]) == 0
@@ -288,18 +407,28 @@ def test_a_run_that_writes_a_model_at_its_end_merges(options: tuple[str, ...], f
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
 
 
-def test_adapters_of_a_quantised_base_are_merged_into_what_it_was_made_of(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["float8", "float8 block", "mx", "nf4"])
+def test_adapters_are_merged_into_the_base_that_they_were_trained_on(
+    kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Steps have none of the quantised weights either, and resume."""
-    converters = "--model.converters=quantize.frozen.float8,lora"
-    run(folder / "job.toml", tmp_path / "run", converters, "--training.steps=2")
-    run(folder / "job.toml", tmp_path / "run", converters, "--training.steps=3")
+    """A quantised one: the model that was trained is what is exported. Steps have none of its weights, and resume."""
+    name, *block = kind.split()
+    options = [f"--model.converters=quantize.frozen.{name},lora", "--quantize.frozen.nf4.block_size=16"]
+    options += ["--quantize.frozen.float8.recipe_name=block"] * bool(block)
+    for last in (2, 3) if kind == "mx" else (3,):
+        run(folder / "job.toml", tmp_path / "run", *options, f"--training.steps={last}")
     assert all("lora_" in name for name in tensors(tmp_path / "run", 3))
-    _export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / "a", "--format=peft")
+    config = resolve([f"--job.config_file={tmp_path}/run/config.toml"]).config
+    base = from_pretrained(folder / "model", dtype=torch.float32, converters=[f"quantize.frozen.{name}"], config=config)
+    save_pretrained(base, tmp_path / "base")
+    for layout in ("peft", "peft-per-expert"):
+        _export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / layout, "--format", layout)
     _export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / "m", "--merge", "--dtype=float32")
-    expected = logits(peft_loads(load_reference(folder / "model"), tmp_path / "a"), some_tokens())
+    expected = logits(peft_loads(load_reference(tmp_path / "base"), tmp_path / "peft"), some_tokens())
     assert (logits(load_reference(tmp_path / "m"), some_tokens()) - expected).abs().max() < 1e-4
+    without = logits(peft_loads(load_reference(folder / "model"), tmp_path / "peft"), some_tokens())
+    assert (without - expected).abs().max() > 1e-2
+    _export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / "fp8", "--merge", "--dtype=float8")
 
 
 # Memory

@@ -30,6 +30,8 @@ def other_value(key, default):
         if typing.get_origin(entry) is tuple:
             return (("a", "b"), ())
         return typing.get_args(entry)[-1:] if typing.get_origin(entry) is Literal else ("a,b", 'c"d', "")
+    if typing.get_origin(kind) is typing.Union:
+        return 3 if isinstance(default, str) else default
     if kind is bool:
         return not default
     if kind is str:

@@ -40,6 +40,7 @@ OUR_KEYS = {
     "quantize.grouped_mm.mx.emulate",
     *(f"quantize.frozen.{name}.{key}" for name in ("float8", "mx", "nf4") for key in ("fqns", "filter_fqns")),
     "quantize.frozen.float8.recipe_name",
+    "quantize.frozen.float8.backend",
     "quantize.frozen.nf4.block_size",
     "quantize.frozen.nf4.double_quant",
 }

@@ -145,15 +145,6 @@ def test_a_global_batch_that_cannot_be_dealt(total, nearest):
         (["--checkpoint.initial_load_in_hf"], "checkpoint.initial_load_in_hf", "checkpoint.enable is off"),
         (["--checkpoint.enable", "--checkpoint.initial_adapter_path=x"], "checkpoint.initial_adapter_path", "needs"),
         (
-            [
-                "--checkpoint.enable",
-                "--checkpoint.last_save_in_hf",
-                "--model.converters=quantize.frozen.float8,lora",
-            ],
-            "checkpoint.last_save_in_hf",
-            "is quantised",
-        ),
-        (
             ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"],
             "checkpoint.initial_load_in_hf",
             "neither checkpoint.initial_load_path nor model.hf_assets_path",

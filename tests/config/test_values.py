@@ -31,6 +31,8 @@ def from_text(path: str, text: str):
         ("compile.components", [], ()),
         ("debug.seed", "none", None),
         ("debug.seed", 0, 0),
+        ("lora.expert_rank", 4, 4),
+        ("lora.expert_rank", "scaled", "scaled"),
         ("parallelism.context_parallel_load_balancer", "none", None),
         ("parallelism.context_parallel_load_balancer", "ptrr", "ptrr"),
         ("parallelism.module_fqns_per_model_part", [["a"], ["b", "c"]], (("a",), ("b", "c"))),
@@ -73,6 +75,9 @@ def test_toml_values_that_fit(path, given, wanted):
         ("model.converters", "float8", "a list, each entry a text"),
         ("quantize.linear.float8.recipe_name", "row", 'Did you mean "rowwise"?'),
         ("fault_tolerance.enable", True, "not supported yet"),
+        ("lora.expert_rank", "many", 'but it must be "scaled" or a whole number'),
+        ("lora.expert_rank", 0, "at least 1"),
+        ("lora.expert_rank", 1.5, "a whole number"),
     ],
 )
 def test_toml_values_that_do_not_fit(path, given, message):
@@ -101,6 +106,8 @@ def test_toml_values_that_do_not_fit(path, given, message):
         ("job.description", "none", "none"),
         ("job.description", "a=b, c", "a=b, c"),
         ("activation_checkpoint.selective_ac_option", "2", "2"),
+        ("lora.expert_rank", "4", 4),
+        ("lora.expert_rank", "scaled", "scaled"),
     ],
 )
 def test_texts_that_fit(path, text, wanted):

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import titanmoe.converters.frozen
 from tests.models.kinds import KINDS, WIDE
 from titanmoe import convert, load_config
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
-from titanmoe.models.build import build_model, init_weights, materialize
+from titanmoe.models.build import build_model, init_adapters, init_weights, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.linear import Linear
 from titanmoe.models.moe.experts import Experts
+from titanmoe.ops.frozen_native import EmulatedFrozenKernels
 from titanmoe.ops.frozen_storage import Stored
 
 CASES = {
     "float8": ("quantize.frozen.float8", [], 25.0, 8.5),
     "float8-block": ("quantize.frozen.float8", ["--quantize.frozen.float8.recipe_name=block"], 25.0, 8.01),
+    "float8-emulated": ("quantize.frozen.float8", ["--quantize.frozen.float8.backend=emulated"], 20.0, 8.5),
     "mx": ("quantize.frozen.mx", [], 25.0, 8.25),
     "nf4": ("quantize.frozen.nf4", ["--quantize.frozen.nf4.block_size=32"], 15.0, 4.27),
 }
 each_case = pytest.mark.parametrize("case", CASES)
+_MORE = ("float8-block", "float8-emulated", "mx", "nf4")
 TOKENS = torch.arange(48).view(2, 24)
 
 
@@ -78,6 +84,32 @@ def test_bytes(case: str) -> None:
     assert num_bytes == sum(weight.num_bytes for weight in stored)
     assert 8 * num_bytes / num_values <= CASES[case][3] * 1.001
     assert not any(part.requires_grad for part in parts)
+
+
+def _live_bytes() -> int:
+    """Of all tensors that there are."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.device.type == "cpu"]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
+
+
+@each_case
+def test_memory_of_parameters(case: str) -> None:
+    """No tensor stays that is not bits of weights, adapters, or what is not quantised, also after a step."""
+    name, config = _settings(case)
+    plain = {name: parameter.numel() for name, parameter in _plain().named_parameters()}
+    before = _live_bytes()
+    model = build_model(WIDE)
+    convert(model, [name, "lora"], config)
+    init_weights(materialize(model, "cpu"), seed=1)
+    model(TOKENS).square().mean().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    quantised = [weight for module in model.modules() for weight in getattr(module, "stored", {}).values()]
+    num_values = sum(weight.numel for weight in quantised)
+    num_adapters = sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
+    expected = num_values * CASES[case][3] / 8 + 4 * (num_adapters + sum(plain.values()) - num_values)
+    assert 0.95 * expected < _live_bytes() - before < 1.05 * expected
 
 
 def test_names_and_types() -> None:
@@ -153,6 +185,30 @@ def test_adapters_on_top(case: str) -> None:
     assert with_grad == {name for name, _ in model.named_parameters() if "lora_" in name}
 
 
+@pytest.mark.parametrize("case", ["float8", *(pytest.param(it, marks=pytest.mark.slow) for it in _MORE)])
+def test_a_layer_compiles_as_a_whole_below_adapters(case: str) -> None:
+    """The first, whose input needs no gradient."""
+    grads = []
+    for is_compiled in (False, True):
+        torch._dynamo.reset()
+        model = materialize(build_model(replace(WIDE, layers=WIDE.layers[1:2])), "cpu")
+        init_weights(model, seed=1)
+        _frozen(case, model)
+        convert(model, ["lora"], load_config(None, ["--lora.rank=8"]))
+        init_adapters(model, seed=1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_b"):
+                    parameter.fill_(0.02)
+        if is_compiled:
+            for block in model.blocks():
+                block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+        model(TOKENS).square().mean().backward()
+        grads.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+    for name, expected in grads[0].items():
+        assert (grads[1][name] - expected).norm() < (0.05 if "emulated" in case else 1e-4) * expected.norm(), name
+
+
 def test_what_is_told() -> None:
     model = copy.deepcopy(_plain())
     name, config = _settings("nf4")
@@ -164,6 +220,42 @@ def test_what_is_told() -> None:
     assert sum(line.endswith("  frozen NF4 + LoRA  dequantised in pieces") for line in conversion.table()) == 15
     again = convert(_frozen("nf4"), ["lora"], config).table()
     assert any("nf4-32-128 32 x 64" in line and "converted + LoRA" in line for line in again)
+
+
+def test_what_multiplies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of product has its own kernels, tried once; sizes that they cannot have are dequantised."""
+    tried, kernels = [], EmulatedFrozenKernels(has_blocks=False)
+    kernels.feature_multiple = 64
+
+    def choose(kind: str, *args: object) -> tuple[EmulatedFrozenKernels | None, str]:
+        tried.append(kind)
+        return (kernels, "") if kind == "linear" else (None, '"scaled_grouped_mm" takes 2 ms where ... takes 1 ms')
+
+    monkeypatch.setattr(titanmoe.converters.frozen, "choose_kernels", choose)
+    model = copy.deepcopy(_plain())
+    conversion = convert(model, ["quantize.frozen.float8"], load_config(None, []))
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    num_native = sum(module.product.kernels is kernels for module in linears)
+    assert 0 < num_native < len(linears)
+    assert all(
+        (module.product.kernels is None) == bool(module.in_features % 64 or module.out_features % 64)
+        for module in linears
+    )
+    assert conversion.summary[0].endswith(
+        f"; {num_native} of {len(linears)} linear layers multiplied as they are stored, by emulated; "
+        'groups of experts dequantised, as "scaled_grouped_mm" takes 2 ms where ... takes 1 ms'
+    )
+    backends = {line.rpartition("  ")[2] for line in conversion.table() if "frozen FP8" in line}
+    assert backends == {"emulated", "dequantised in pieces"}
+    assert tried == ["linear", "grouped_mm"]
+
+
+def test_native_kernels_are_refused_without_their_hardware() -> None:
+    model = copy.deepcopy(_plain())
+    with pytest.raises(ConfigError, match="this is a cpu device") as error:
+        convert(model, ["quantize.frozen.float8"], load_config(None, ["--quantize.frozen.float8.backend=native"]))
+    assert error.value.where == "quantize.frozen.float8.backend"
+    assert list(model.state_dict()) == list(_plain().state_dict())
 
 
 @pytest.mark.parametrize(

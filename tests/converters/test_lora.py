@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import titanmoe
 from tests.models.kinds import KINDS, WIDE
+from tests.parallel.adapters import starve
 from titanmoe.config import ConfigError, JobConfig, load_config
 from titanmoe.config.validate import validate_keys
 from titanmoe.converters.apply import Conversion, convert
@@ -20,6 +22,7 @@ from titanmoe.models.decoder import Decoder
 from titanmoe.models.family import FAMILIES, get_family
 from titanmoe.models.linear import Linear
 from titanmoe.models.moe.experts import Experts
+from titanmoe.ops.grouped_mm import Kernel, PlainGroupedProduct
 from titanmoe.ops.scaled_product import LowPrecisionProduct
 
 QUANTISERS = ("quantize.linear.float8", "quantize.grouped_mm.mx")
@@ -41,21 +44,55 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_LATENT = {"kv_a_proj", "kv_b_proj", "o_proj"}
+_FEED_FORWARD = {"gate_proj", "up_proj", "down_proj"}
+LINEARS = {
+    "qwen3": _ATTENTION | {"experts"},
+    "qwen2": _ATTENTION | _FEED_FORWARD,
+    "llama3": _ATTENTION | _FEED_FORWARD,
+    "glm4_moe": _ATTENTION | _FEED_FORWARD | {"experts"},
+    "glm4_moe_lite": _LATENT | {"q_a_proj", "q_b_proj"} | _FEED_FORWARD | {"experts"},
+    "deepseek_v3": _LATENT | {"q_proj"} | _FEED_FORWARD | {"experts"},
+    "llama4": _ATTENTION | _FEED_FORWARD | {"experts"},
+    "gpt_oss": _ATTENTION | {"experts"},
+    "mixtral": _ATTENTION | {"experts"},
+}
+"""The last segments of what has adapters in the debug model of a family."""
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_new_adapter_changes_no_logit_of_any_family(family: str) -> None:
-    flavors = get_family(family).flavors
-    spec = flavors["debug_moe" if family == "qwen3" else "debugmodel"]
-    for dtype, args in ((torch.float32, ()), (torch.bfloat16, ("lora.use_dora",))):
-        model = build_model(spec, device="cpu", dtype=dtype)
-        init_weights(model, seed=1)
-        base = {name: value.clone() for name, value in model.state_dict().items()}
-        before = model(_TOKENS)
-        convert(model, ["lora"], config_of("lora.rank=8", *args))
-        assert torch.equal(model(_TOKENS), before)
-        after = model.state_dict()
-        assert all(torch.equal(after[name], value) for name, value in base.items())
-        assert {name for name in after if name not in base} == set(trained(model))
-        assert all(not parameter.isnan().any() for parameter in trained(model).values())
+def test_a_debug_model_of_every_family_takes_two_steps(family: str, dora: bool) -> None:
+    """From the logits that it has without adapters; shared experts and dense layers have the whole rank."""
+    spec = get_family(family).flavors["debug_moe" if family == "qwen3" else "debugmodel"]
+    spec = replace(spec, layers=tuple(dict.fromkeys(spec.layers)))
+    model = build_model(spec, device="cpu", dtype=torch.bfloat16 if dora else torch.float32)
+    init_weights(model, seed=1)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    before = model(_TOKENS)
+    convert(model, ["lora"], config_of("lora.rank=8", *["lora.use_dora"] * dora))
+    assert torch.equal(model(_TOKENS), before)
+    owners = {name.rpartition(".")[0] for name in trained(model)}
+    assert {path.rpartition(".")[2] for path in owners} == LINEARS[family]
+    for path in owners:
+        module = model.get_submodule(path)
+        rank = 8 // module.spec.top_k if isinstance(module, Experts) else 8
+        assert (module.down_lora_a if isinstance(module, Experts) else module.lora_a).shape[-2] == rank
+    first = {name: value.detach().clone() for name, value in trained(model).items()}
+    assert not any(value.isnan().any() for value in first.values())
+    optimizer, losses = torch.optim.AdamW(trained(model).values(), lr=1e-2), []
+    for _ in range(2):
+        loss = titanmoe.causal_lm_loss(model, _TOKENS, _TOKENS)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    assert all((value != first[name]).any() for name, value in trained(model).items())
+    after = model.state_dict()
+    assert {name for name in after if name not in base} == first.keys()
+    assert all(torch.equal(after[name], value) for name, value in base.items())
 
 
 def test_every_linear_layer_and_expert_gets_one_but_router_embedding_and_output() -> None:
@@ -73,22 +110,33 @@ def test_every_linear_layer_and_expert_gets_one_but_router_embedding_and_output(
     }
     numbers = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", conversion.summary[0])]
     num_linears = len(owners) - 1
-    assert num_linears + 1 in numbers and num_linears + 24 in numbers and 12 in numbers
-    assert sum(parameter.numel() for parameter in trained(model).values()) in numbers
+    assert num_linears + 1 in numbers and num_linears + 24 in numbers and 24 in numbers and 12 in numbers
+    num_trained = sum(parameter.numel() for parameter in trained(model).values())
+    share = num_trained / sum(parameter.numel() for parameter in model.parameters())
+    assert f"{num_trained:,} trainable parameters in float32, {share:.2%} of all" in conversion.summary[0]
     assert {row.now for row in conversion.rows} == {"LoRA", ""}
 
 
-def test_first_values_of_a_are_uniform_up_to_one_over_the_square_root_of_inputs() -> None:
-    model, _ = adapted(KINDS["latent"], "lora.rank=9")
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
+def test_first_values(init: str) -> None:
+    model, _ = adapted(KINDS["latent"], "lora.rank=9", f"lora.init={init}")
     for name, parameter in trained(model).items():
-        if name.endswith("lora_b"):
-            assert not parameter.any()
-        else:
-            most = parameter.shape[-1] ** -0.5
-            assert 0.9 * most < parameter.abs().max() <= most
-            assert abs(float(parameter.detach().std()) / (most / 3**0.5) - 1) < 0.2
-    again, _ = adapted(KINDS["latent"], "lora.rank=9")
-    other, _ = adapted(KINDS["latent"], "lora.rank=9", "debug.seed=5")
+        values, is_a = parameter.detach(), name.endswith("lora_a")
+        rank_dim = -2 if is_a else -1
+        stds = {"kaiming": (3 * values.shape[-1]) ** -0.5, "gaussian": 1 / values.shape[-2], "orthogonal": 0.1}
+        expected = stds[init]
+        if init == "orthogonal":
+            assert not values.movedim(rank_dim, 0)[1 if is_a else 0 :: 2].any()
+            values = values.movedim(rank_dim, 0)[0 if is_a else 1 :: 2]
+        elif not is_a:
+            assert not values.any()
+            continue
+        assert abs(float(values.std()) / expected - 1) < 0.2, name
+        assert (init == "kaiming") == bool(values.abs().max() <= 1.001 * 3**0.5 * expected)
+        if "_lora_" in name and is_a and init != "orthogonal":  # no two experts have the same
+            assert len({round(float(each.sum()), 6) for each in values}) == 12
+    again, _ = adapted(KINDS["latent"], "lora.rank=9", f"lora.init={init}")
+    other, _ = adapted(KINDS["latent"], "lora.rank=9", f"lora.init={init}", "debug.seed=5")
     first = "layers.0.attention.q_a_proj.lora_a"
     assert torch.equal(trained(again)[first], trained(model)[first])
     assert not torch.equal(trained(other)[first], trained(model)[first])
@@ -128,21 +176,60 @@ def test_target_modules_are_segments_of_paths() -> None:
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" not in name)
 
 
-@pytest.mark.parametrize("pattern", ["expert", "router.gate", "output", "tok_embeddings", "layers.7"])
-def test_each_target_must_match_what_may_have_an_adapter(pattern: str) -> None:
-    with pytest.raises(ConfigError, match=f'"{re.escape(pattern)}" matches none'):
-        adapted(KINDS["latent"], f"lora.target_modules=experts,{pattern}")
+@pytest.mark.parametrize(
+    ("targets", "weights"),
+    [
+        ("experts", {"gate_up", "down"}),
+        ("q_proj,gate_proj,up_proj,down_proj", {"gate_up", "down"}),
+        ("experts.gate_up_proj", {"gate_up"}),
+        ("layers.*.moe.experts.down_proj", {"down"}),
+        ("experts.[gu]*_proj", {"gate_up"}),
+        ("attention,experts.down_*", {"down"}),
+        ("attention", set()),
+    ],
+)
+def test_weights_of_experts_may_be_targets_alone(targets: str, weights: set[str]) -> None:
+    model, conversion = adapted(KINDS["latent"], "lora.rank=9", f"lora.target_modules={targets}", "lora.use_dora")
+    found = {name.rpartition(".")[2] for name in trained(model) if ".experts." in name}
+    assert found == {f"{weight}_lora_{part}" for weight in weights for part in ("a", "b", "magnitude")}
+    (row,) = [row for row in conversion.rows if row.path.endswith(".experts")]
+    assert row.now == ("" if not weights else "DoRA" if len(weights) == 2 else f"DoRA of {min(weights)}_proj")
+    num_adapters = sum(name.endswith("lora_a") for name in trained(model)) + 11 * len(weights)
+    assert f" {num_adapters} adapters" in conversion.summary[0]
+    titanmoe.causal_lm_loss(model, _TOKENS, _TOKENS).backward()
+    assert all(parameter.grad is not None for parameter in trained(model).values())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("expert", 'matches none of the .* Did you mean "experts"'),
+        ("layers.7", "matches none"),
+        ("router.gate", r"names layers.1.moe.router.gate, which never has"),
+        ("output", "names output, which never has"),
+        ("tok_embeddings", "names tok_embeddings, which never has"),
+        ("attention_norm", "names layers.0.attention_norm, which never has"),
+        ("experts.gate_proj", "gate_proj of layers.1.moe.experts is named without the other"),
+    ],
+)
+def test_each_target_must_be_something_that_may_have_an_adapter(pattern: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s)lora.target_modules: .*{words}"):
+        adapted(KINDS["latent"], f"lora.target_modules=attention,{pattern}")
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="3 = 0"):
         adapted(KINDS["latent"], "lora.rank=2")
     adapted(KINDS["latent"], "lora.rank=2", "lora.target_modules=attention")
+    forgets = "activation_checkpoint.no_preserve_rng_state"
+    with pytest.raises(ConfigError, match=r"dropout: is .*, and layers that are recomputed"):
+        validate_keys(config_of("model.converters=lora", "lora.dropout=0.1", forgets))
+    validate_keys(config_of("model.converters=lora", "lora.dropout=0.1", forgets, "activation_checkpoint.mode=none"))
     with pytest.raises(ConfigError, match="comes after"):
         validate_keys(config_of("model.converters=lora,quantize.linear.mx"))
     for rank in ("0", "-1", "many", "1.5"):
-        with pytest.raises(ConfigError, match="whole number"):
-            validate_keys(config_of("model.converters=lora", f"lora.expert_rank={rank}"))
+        with pytest.raises(ConfigError, match='"scaled" or a whole number'):
+            config_of(f"lora.expert_rank={rank}")
     model, _ = adapted(WIDE)
     with pytest.raises(ConfigError, match="adapters already"):
         convert(model, ["lora"], config_of())
@@ -162,31 +249,56 @@ def test_dropout_is_for_training_only() -> None:
     assert torch.equal(model(_TOKENS), model(_TOKENS))
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("base", ["float32", "bfloat16", "quantised", "frozen"])
-def test_three_steps_move_every_adapter_that_saw_tokens_and_nothing_else(base: str, dora: bool) -> None:
-    model = build_model(WIDE, device="cpu", dtype=torch.bfloat16 if base == "bfloat16" else torch.float32)
+BASES: dict[str, tuple[torch.dtype, Kernel, tuple[str, ...]]] = {
+    "loop": (torch.float32, "loop", ()),
+    "torch": (torch.float32, "torch", ()),
+    "bfloat16": (torch.bfloat16, "torch", ()),
+    "quantised": (torch.float32, "auto", QUANTISERS),
+    "float8": (torch.float32, "auto", ("quantize.frozen.float8",)),
+    "mx": (torch.bfloat16, "auto", ("quantize.frozen.mx",)),
+    "nf4": (torch.float32, "auto", ("quantize.frozen.nf4",)),
+}
+"""Dtype, kernel of plain products, and what is below adapters."""
+
+
+def on_base(name: str, *args: str) -> tuple[Decoder, Tensor, Conversion]:
+    """A model with adapters, the logits that it had before, and what was told."""
+    dtype, kernel, names = BASES[name]
+    model = build_model(WIDE, device="cpu", dtype=dtype)
     init_weights(model, seed=1)
-    names = [*{"quantised": QUANTISERS, "frozen": ["quantize.frozen.mx"]}.get(base, ()), "lora"]
-    emulate = [f"{name}.emulate" for name in names if name in QUANTISERS]
-    conversion = convert(model, names, config_of("lora.rank=8", *emulate, *["lora.use_dora"] * dora))
+    for _, layer in model.moe_layers():
+        layer.experts.gate_up_product = layer.experts.down_product = PlainGroupedProduct(kernel)
+    settings = [f"{each}.emulate" for each in names if each in QUANTISERS] + ["quantize.frozen.nf4.block_size=32"]
+    if names:
+        convert(model, names, config_of(*settings))
+    starve(model)
+    before = model(_TOKENS)
+    return model, before, convert(model, ["lora"], config_of("lora.rank=8", *args))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("base", BASES)
+def test_three_steps_move_every_adapter_that_saw_tokens_and_nothing_else(base: str, dora: bool) -> None:
+    """From the logits without adapters, bit for bit."""
+    model, before, _ = on_base(base, *["lora.use_dora"] * dora, f"lora.init={'orthogonal' if dora else 'kaiming'}")
+    assert torch.equal(model(_TOKENS), before)
     if base == "quantised":
-        kind = "DoRA" if dora else "LoRA"
-        assert {row.now for row in conversion.rows} == {f"FP8 + {kind}", f"MXFP8 + {kind}", ""}
         products = [module.product.base for module in model.modules() if isinstance(module, Linear)]
         assert all(isinstance(product, LowPrecisionProduct) for product in products)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2, weight_decay=0.0)
     for _ in range(3):
         titanmoe.causal_lm_loss(model, _TOKENS, _TOKENS).backward()
         assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
-    seen = {f"layers.{index}.moe.experts": layer.router.num_tokens_per_expert_E for index, layer in model.moe_layers()}
+    counts = {index: layer.router.num_tokens_per_expert_E for index, layer in model.moe_layers()}
+    seen = {f"layers.{index}.moe.experts": count_E > 0 for index, count_E in counts.items()}
+    assert all(seen_E.any() and not seen_E[0] for seen_E in seen.values())
     for name, parameter in model.named_parameters():
-        moved = (parameter.detach() != before[name]).flatten(1 if "experts." in name and "_lora_" in name else 0)
+        moved = parameter.detach() != first[name]
         if "_lora_" in name:
-            assert moved.any(1)[seen[name.rpartition(".")[0]] > 0].all(), name
+            assert torch.equal(moved.flatten(1).any(1), seen[name.rpartition(".")[0]]), name
         else:
             assert moved.any() == ("lora_" in name), name
 

@@ -135,7 +135,12 @@ def test_broken_lines_name_file_and_line(tmp_path: Path) -> None:
 
 def test_a_template_that_refuses_a_conversation(tmp_path: Path) -> None:
     template = tmp_path / "its.jinja"
-    template.write_text(FORGETFUL)
+    template.write_text(
+        FORGETFUL.replace(
+            "message.content +",
+            "(message.content if loop.last or message.role == 'user' else message.content | upper) +",
+        )
+    )
     source = open_file(write(tmp_path / "a.jsonl", [TALK[:2], TALK]), template=str(template))
     with pytest.raises(ConfigError, match=r"its\.jinja writes messages\[:2\] otherwise") as caught:
         source[1]

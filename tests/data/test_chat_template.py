@@ -105,10 +105,35 @@ def test_turns_of_other_templates() -> None:
     assert spans(plain.render_supervised(TALK))[-1] == "日本 — nobody's\n", "without a special token, all it adds"
 
 
-def test_a_turn_that_changes_the_text_before_it_is_refused() -> None:
-    assert spans(make(FORGETFUL).render_supervised(TALK[:2])) == ["<think></think>A  model,\n  so to speak. <|im_end|>"]
+def test_a_turn_whose_thoughts_are_dropped_later() -> None:
+    """As the templates of Qwen3 do: what is left of an earlier turn is supervised, as with generation blocks."""
+    (alone,) = spans(make(FORGETFUL).render_supervised(TALK[:2]))
+    assert alone == "<think></think>A  model,\n  so to speak. <|im_end|>"
+    assert spans(make(FORGETFUL).render_supervised(TALK)) == [
+        "A  model,\n  so to speak. <|im_end|>",
+        "<think></think>日本 — nobody's<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "content"),
+    [
+        (
+            (
+                "message.content +",
+                "(message.content if loop.last or message.role == 'user' else message.content | upper) +",
+            ),
+            "a",
+        ),
+        (("message.role +", "(message.role if loop.last else 'it') +"), "a"),
+        (("", ""), "a<|im_end|>b"),
+        (("<|im_end|>", "."), "a"),
+    ],
+)
+def test_a_turn_that_is_written_otherwise_later_is_refused(change: tuple[str, str], content: str) -> None:
+    talk = [TALK[0], {"role": "assistant", "content": content}, *TALK[2:]]
     with pytest.raises(ConfigError, match=r"its\.jinja writes messages\[:2\] otherwise") as caught:
-        make(FORGETFUL).render_supervised(TALK)
+        make(FORGETFUL.replace(*change)).render_supervised(talk)
     assert "{% generation %}" in caught.value.mend and "data.chat_template" in caught.value.mend
 
 

@@ -137,7 +137,7 @@ def test_one_text_comes_as_it_is_generated_on_a_terminal(
     assert len(screen.pieces) > 5
 
 
-@pytest.mark.parametrize("converter", ["", "lora"])
+@pytest.mark.parametrize("converter", ["", "lora", "quantize.frozen.mx,lora"])
 def test_a_checkpoint_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], converter: str) -> None:
     """Adapters that are live say what merged ones do."""
     options = [f"--model.converters={converter}", "--optimizer.lr=0.02"] if converter else []

@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.ranks import pretend
+from titanmoe.config import load_config
+from titanmoe.config.sizes import Degrees
+from titanmoe.converters.apply import convert
 from titanmoe.metrics.flops import (
     forward_flops_per_token,
     hardware_flops_per_token,
@@ -17,7 +21,9 @@ from titanmoe.metrics.flops import (
     training_flops_per_token,
 )
 from titanmoe.models.build import build_model, init_weights
+from titanmoe.models.decoder import Part
 from titanmoe.models.families.qwen3 import FAMILY
+from titanmoe.models.flops import output_flops
 from titanmoe.models.spec import (
     ClampedSwiGLU,
     DecoderSpec,
@@ -29,6 +35,8 @@ from titanmoe.models.spec import (
     Rope,
     Router,
 )
+from titanmoe.parallel.mesh import Mesh
+from titanmoe.parallel.parallelize import parallelize
 
 PLAIN = GroupedQuery(4, 2, 16, Rope(16, 1e4))
 BIASED = GroupedQuery(4, 1, 8, Rope(8, 1e4), qkv_bias=True, out_bias=True, qk_norm=True)
@@ -61,8 +69,25 @@ def rows_times_weights(x, w, *args, **kwargs):
     return 2 * x[0] * w[1] * w[2]
 
 
+def rows_times_frozen(x, parts, offsets, num_rows, format_name, *, transpose, out_shape=None, **kwargs):
+    return 2 * x[0] * x[1] * out_shape[1]
+
+
 def rows_times_rows(dy, x, *args, **kwargs):
     return 2 * dy[0] * dy[1] * x[1]
+
+
+def counter():
+    """torch's counter of FLOPs, which is told what the kernels do that it does not know."""
+    formulas = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        torch.ops.titanmoe.rows_times_weights: rows_times_weights,
+        torch.ops.titanmoe.rows_times_rows: rows_times_rows,
+        torch.ops.titanmoe.add_rows_times_weights: lambda y, h, b, *args, **kwargs: rows_times_weights(h, b),
+        torch.ops.titanmoe.rows_times_frozen: rows_times_frozen,
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -71,19 +96,68 @@ def test_flops_equal_torchs_counter_on_the_decoder(name):
     model = build_model(spec, device="cpu")
     init_weights(model, seed=0)
     tokens = torch.randint(0, spec.vocab_size, (batch, seq_len))
-    formulas = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_forward,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        torch.ops.titanmoe.rows_times_weights: rows_times_weights,
-        torch.ops.titanmoe.rows_times_rows: rows_times_rows,
-    }
-    with FlopCounterMode(display=False, custom_mapping=formulas) as forward:
+    with counter() as forward:
         logits = model(tokens)
     assert forward.get_total_flops() == forward_flops_per_token(spec, seq_len) * batch * seq_len
-    with FlopCounterMode(display=False, custom_mapping=formulas) as backward:
+    with counter() as backward:
         logits.sum().backward()
     total = forward.get_total_flops() + backward.get_total_flops()
-    assert total == training_flops_per_token(spec, seq_len) * batch * seq_len
+    assert total == training_flops_per_token(model, seq_len) * batch * seq_len
+
+
+@pytest.mark.parametrize(
+    ("name", "converters", "settings"),
+    [
+        ("dense", ["lora"], []),
+        ("tied and biased", ["lora"], []),
+        ("latent", ["lora"], []),
+        ("mixed", ["lora"], []),
+        ("mixed", ["quantize.frozen.float8", "lora"], ["lora.expert_rank=5"]),
+        ("biased experts", ["quantize.frozen.nf4", "lora"], ["quantize.frozen.nf4.block_size=8"]),
+        # Nothing has a gradient before what learns: not the inputs of a first adapter, nor its whole layer.
+        ("biased experts", ["lora"], ["lora.target_modules=experts"]),
+        ("mixed", ["lora"], ["lora.target_modules=layers.1.attention.o_proj"]),
+        ("latent", ["lora"], ["lora.target_modules=q_b_proj"]),
+        ("latent", ["lora"], ["lora.target_modules=shared_experts.down_proj"]),
+    ],
+)
+def test_flops_of_adapters_equal_torchs_counter(name, converters, settings):
+    spec, batch, seq_len = SPECS[name], 2, 64
+    model = build_model(spec, device="cpu")
+    init_weights(model, seed=0)
+    convert(model, converters, load_config(None, ["--lora.rank=6", *(f"--{setting}" for setting in settings)]))
+    tokens = torch.randint(0, spec.vocab_size, (batch, seq_len))
+    with counter() as counted:
+        model(tokens).sum().backward()
+    assert counted.get_total_flops() == training_flops_per_token(model, seq_len) * batch * seq_len
+    if settings and "target_modules" in settings[0]:
+        return
+    with counter() as again, torch.no_grad():
+        model(tokens)
+    again = again.get_total_flops() - output_flops(spec) * batch * seq_len
+    everything = hardware_flops_per_token(model, seq_len, [True] * len(spec.layers))
+    assert everything * batch * seq_len == counted.get_total_flops() + again
+
+
+def test_a_model_of_which_a_part_is_on_a_mesh_takes_as_many():
+    spec, degrees = SPECS["mixed"], Degrees(pp=2, dp_shard=2, tp=2, ep=2)
+    whole = build_model(spec)
+    convert(whole, ["quantize.frozen.float8", "lora"], load_config(None, ["--lora.rank=6"]))
+    expected = [hardware_flops_per_token(whole, 64, [again] * 3) for again in (False, True)]
+    with pretend(0, degrees.num_ranks):
+        mesh = Mesh.build(torch.device("cpu"), degrees)
+        part = whole.view(Part((0, 1), projects=False))
+        parallelize(part, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    assert [hardware_flops_per_token(whole, 64, [again] * 3) for again in (False, True)] == expected
+
+
+def test_layers_before_the_first_adapter_are_not_computed_again():
+    spec = SPECS["mixed"]
+    model = build_model(spec)
+    convert(model, ["lora"], load_config(None, ["--lora.target_modules=layers.2.moe"]))
+    total, layers = training_flops_per_token(model, 64), range(3)
+    again = [hardware_flops_per_token(model, 64, [index == layer for index in layers]) - total for layer in layers]
+    assert again[:2] == [0, 0] and again[2] > sum(layer_flops(spec.layers[2], spec.dim, 64).values())
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -136,17 +210,18 @@ def test_latent_attention_has_channels_of_two_sizes():
 
 def test_published_flops_of_qwen3_30b():
     # 23.0 GFLOP per token behind the published 299.4 TFLOP/s at 13,011 tokens/s (Megatron-Bridge, 4,096 tokens).
-    flops = training_flops_per_token(FAMILY.flavors["30B-A3B"], 4096)
+    flops = training_flops_per_token(build_model(FAMILY.flavors["30B-A3B"]), 4096)
     assert flops == pytest.approx(299.4e12 / 13_011, rel=0.005)
 
 
 def test_hardware_flops_add_a_forward_of_each_recomputed_layer():
     spec = SPECS["mixed"]
+    model = build_model(spec)
     layers = [sum(layer_flops(layer, spec.dim, 64).values()) for layer in spec.layers]
-    assert hardware_flops_per_token(spec, 64, [False] * 3) == training_flops_per_token(spec, 64)
-    assert hardware_flops_per_token(spec, 64, [False, True, False]) == training_flops_per_token(spec, 64) + layers[1]
-    everything = hardware_flops_per_token(spec, 64, [True] * 3)
-    assert everything == training_flops_per_token(spec, 64) + sum(layers)
+    total = training_flops_per_token(model, 64)
+    assert hardware_flops_per_token(model, 64, [False] * 3) == total
+    assert hardware_flops_per_token(model, 64, [False, True, False]) == total + layers[1]
+    assert hardware_flops_per_token(model, 64, [True] * 3) == total + sum(layers)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titanmoe.ops import frozen
 from titanmoe.ops.frozen import FrozenGroupedProduct, FrozenLinearProduct, FrozenWeight
 from titanmoe.ops.frozen_formats import (
+    _NF4_LEVELS,
     MX,
     NF4,
     Float8Block,
@@ -126,6 +127,30 @@ def test_mx_is_that_of_torchao() -> None:
     weight = _stored(values, MX())
     assert torch.equal(weight.parts[0], codes.view(torch.uint8))
     assert torch.equal(weight.parts[1], scales.view(torch.uint8))
+
+
+def test_nf4_is_that_of_the_paper() -> None:
+    """Levels by the formula behind appendix E, as bitsandbytes has it (`create_normal_map`); the nearest is taken."""
+    ends = torch.linspace(0.9677083, 0.5, 9, dtype=torch.double), torch.linspace(0.9677083, 0.5, 8, dtype=torch.double)
+    above, below = (torch.special.ndtri(probabilities[:-1]) for probabilities in ends)
+    levels = torch.cat([-below, torch.zeros(1, dtype=torch.double), above.flip(0)]) / above[0]
+    assert (torch.tensor(_NF4_LEVELS, dtype=torch.double) - levels).abs().max() < 1e-6
+    values = _random(64, 256)
+    blocks = values.view(-1, 64).double()
+    scales = blocks.abs().amax(1, keepdim=True)
+    codes = (blocks[..., None] / scales[..., None] - levels).abs().argmin(-1).view(64, 256)
+    weight = _stored(values, NF4())
+    assert torch.equal(weight.parts[0], (codes[:, ::2] * 16 + codes[:, 1::2]).to(torch.uint8))
+    expected = (levels[codes].view(-1, 64) * scales).view(64, 256)
+    torch.testing.assert_close(weight.dequantize(torch.float32).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@each_format
+def test_noise(format: Format) -> None:
+    """In dB, of normal values: the figures of docs/frozen.md."""
+    found = _db(_random(512, 1024).double(), _stored(_random(512, 1024), format).dequantize(torch.float32))
+    expected = {"float8-channel": 31.5, "float8-block": 31.5, "mx": 31.5, "nf4-64-0": 20.7, "nf4-64-8": 20.6}
+    assert found == pytest.approx(expected.get(format.name, 21.2), abs=0.15), found
 
 
 def test_nf4_is_that_of_torchao() -> None:
@@ -329,3 +354,23 @@ def test_more_than_two_to_the_31_values() -> None:
     offsets = torch.zeros(experts, dtype=torch.int32)
     offsets[-1] = 4
     assert _db(x.double() @ values.double().T, FrozenGroupedProduct()(x, weight, offsets)) > 28
+
+
+def test_multiplying_in_place_rounds_once() -> None:
+    """What devices other than the CPU do with codes: a bfloat16 times a float32 in place is that of both in float32."""
+    codes, scale = torch.arange(1, 120, dtype=torch.uint8).view(FP8), _random(119).abs()
+    assert torch.equal(codes.bfloat16().mul_(scale), (codes.float() * scale).bfloat16())
+
+
+@pytest.mark.gpu
+@each_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpu_has_the_values_of_the_cpu(format: Format, dtype: torch.dtype) -> None:
+    weight = _stored(_random(3, 130, 192), format, is_stack=True)
+    there = FrozenWeight(format, tuple(part.cuda() for part in weight.parts), is_stack=True)
+    # The steps of NF4's scales are added in one rounding or in two.
+    assert _db(weight.dequantize(dtype).double(), there.dequantize(dtype).cpu().double()) > 60
+    x, offsets = _random(24, 192).to(dtype), torch.tensor([8, 8, 24], dtype=torch.int32)
+    y = FrozenGroupedProduct()(x.cuda(), there, offsets.cuda())
+    least = 100 if dtype == torch.float32 else 40
+    assert _db(FrozenGroupedProduct()(x, weight, offsets).double(), y.cpu().double()) > least

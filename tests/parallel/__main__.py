@@ -3,6 +3,11 @@
 A row is a layout and a kind of layers; it is run with experts that learn, that are frozen, and with one that every
 token goes to. Errors are the largest over ranks, three steps and these situations. With `--precision` products are in
 low precision: of one kind of layers, whose sizes are multiples of 32, in one step (see `test_low_precision`).
+
+With `--adapters` there is a row for each layout, schedule of a pipeline and offloading, and a column for each kind of
+adapters on each kind of frozen weights: the largest error of a gradient, or of one as a whole if it is in bfloat16. The
+last column is what an optimizer moved in three steps: "ok" if it is all adapters, of experts those with tokens, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -10,9 +15,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle, product
 
 from tests.models.kinds import KINDS, WIDE, deep
+from tests.parallel.adapters import ADAPTERS, errors_of, wrong_moves
 from tests.parallel.layouts import NUM_STEPS, PRECISIONS, SITUATIONS, Layout, compare, one_process, why_not
 from titanmoe.models.spec import num_experts
 
@@ -25,7 +32,10 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; all by default")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--precision", choices=PRECISIONS, default="plain")
+    parser.add_argument("--adapters", action="store_true")
     options = parser.parse_args(args)
+    if options.adapters:
+        return adapters(options.ranks)
     precision, is_plain = PRECISIONS[options.precision], options.precision == "plain"
     specs = {kind: KINDS[kind] for kind in options.kinds or KINDS} if is_plain else {options.precision: WIDE}
     num_bad = num_run = 0
@@ -53,6 +63,42 @@ def main(args: Sequence[str] | None = None) -> int:
     return 1 if num_bad else 0
 
 
+def adapters(numbers_of_ranks: Sequence[int]) -> int:
+    num_bad = num_run = 0
+    widths = (58, *[max(10, len(name) + 2) for name in ADAPTERS], 0)
+    _print(("layout", *ADAPTERS, "moves"), widths)
+    for layout, schedule in adapter_rows(numbers_of_ranks):
+        section = {"pipeline_parallel_schedule": schedule} if schedule else {}
+        details = [schedule, layout.recompute * (layout.recompute != "none"), "offload" * layout.offload]
+        named = ", ".join([str(layout), *filter(None, details)])
+        if reason := why_not(WIDE, layout, schedule or "1F1B"):
+            _print((named, f"not run: {reason}"), widths)
+            continue
+        cells = []
+        for name, errors in errors_of(WIDE, layout, section=section).items():
+            is_good, number = ADAPTERS[name].allows(errors), errors.noise if ADAPTERS[name].noise else errors.largest
+            cells.append(f"{number:.1e}" + " BAD" * (not is_good))
+        wrong = [
+            each for name in ("LoRA on bfloat16", "DoRA on nf4") for each in wrong_moves(WIDE, layout, name, section)
+        ]
+        cells.append("; ".join(wrong) or "ok")
+        num_run, num_bad = num_run + 1, num_bad + (bool(wrong) or any("BAD" in cell for cell in cells))
+        _print((named, *cells), widths)
+    print(f"{num_run} rows of {len(ADAPTERS) + 1} cells run, {num_bad} bad")
+    return 1 if num_bad else 0
+
+
+def adapter_rows(numbers_of_ranks: Sequence[int]) -> Iterator[tuple[Layout, str]]:
+    """Layouts with recomputation by turns, and the schedule of a pipeline that is not 1F1B."""
+    for layout, recompute in zip(layouts(numbers_of_ranks), cycle(("none", "full", "selective", "moe")), strict=False):
+        yield replace(layout, recompute=recompute), ""
+        if layout.pp == 2:
+            yield layout, "Interleaved1F1B"
+            yield layout, "ZBVZeroBubble"
+        if layout.pp * layout.cp * layout.tp == 1:
+            yield replace(layout, offload=True), ""
+
+
 def layouts(numbers_of_ranks: Sequence[int]) -> Iterator[Layout]:
     """Every way to arrange these numbers of ranks."""
     for num_ranks in numbers_of_ranks:
@@ -69,8 +115,8 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _print(cells: Sequence[str]) -> None:
-    padded = (cell.ljust(width - 1) + " " for cell, width in zip(cells, _WIDTHS, strict=False))
+def _print(cells: Sequence[str], widths: Sequence[int] = _WIDTHS) -> None:
+    padded = (cell.ljust(width - 1) + " " for cell, width in zip(cells, widths, strict=False))
     print("".join(padded).rstrip(), flush=True)
 
 

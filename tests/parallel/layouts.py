@@ -180,7 +180,7 @@ PRECISIONS = {
 """Where noise comes from, and how much there is: `test_low_precision`."""
 
 
-def why_not(spec: DecoderSpec, layout: Layout) -> str:
+def why_not(spec: DecoderSpec, layout: Layout, schedule: str = "1F1B") -> str:
     """Why a layout is not for a model, or for so small a batch; "" if it is."""
     if GLOBAL_BATCH % layout.num_data_ranks:
         return f"{GLOBAL_BATCH} rows cannot be dealt to {layout.num_data_ranks} groups of ranks"
@@ -189,7 +189,8 @@ def why_not(spec: DecoderSpec, layout: Layout) -> str:
     try:
         check_model_can_be_split(spec, layout.degrees)
         if layout.pp > 1:
-            plan_stages(spec, Parallelism(pipeline_parallel_degree=layout.pp), SEQ_LEN)
+            options = Parallelism(pipeline_parallel_degree=layout.pp, pipeline_parallel_schedule=schedule)
+            plan_stages(spec, options, SEQ_LEN)
     except ConfigError as error:
         return error.what
     return ""
@@ -238,6 +239,18 @@ def on_rank(
     precision: Precision = Precision(),
 ) -> list[Step]:
     """What one rank finds, with the whole gradients of all ranks."""
+    model, mesh, step, rows = build(spec, layout, change, section, precision)
+    return steps_on_mesh(model, mesh, step, num_steps, rows)
+
+
+def build(
+    spec: DecoderSpec,
+    layout: Layout,
+    change: Change | None = None,
+    section: Mapping[str, object] = {},
+    precision: Precision = Precision(),
+) -> tuple[Decoder, Mesh, PlainStep | PipelinedStep, int]:
+    """A model on this rank, its mesh, its steps, and how many rows a microbatch has."""
     # full_tensor() of a tensor that is sharded twice along a dim says how it goes about it.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     device = torch.device("cpu")
@@ -264,8 +277,7 @@ def on_rank(
         change(model)
     num_rows = GLOBAL_BATCH // layout.num_data_ranks
     if stages is None:
-        rows = 1 if layout.accumulates else num_rows
-        return steps_on_mesh(model, mesh, PlainStep(model, device), num_steps, rows)
+        return model, mesh, PlainStep(model, device), 1 if layout.accumulates else num_rows
     pipeline: Pipeline[Batch] = Pipeline(
         parts,
         stages,
@@ -277,20 +289,21 @@ def on_rank(
         dtype=precision.dtype,
         device=device,
     )
-    return steps_on_mesh(model, mesh, PipelinedStep(model, pipeline, device, num_parts=layout.tp), num_steps, 1)
+    return model, mesh, PipelinedStep(model, pipeline, device, num_parts=layout.tp), 1
 
 
 def steps_on_mesh(model: Decoder, mesh: Mesh, step: PlainStep | PipelinedStep, num_steps: int, rows: int) -> list[Step]:
     """Take some steps, each in microbatches of this many rows."""
+    pipeline = mesh.pipeline.get_group() if mesh.degrees.pp > 1 else None
+    return [_take(model, step, own_batches(mesh, index, rows), pipeline) for index in range(num_steps)]
+
+
+def own_batches(mesh: Mesh, index: int, rows: int) -> list[Batch]:
+    """This rank's microbatches of a step."""
     num_rows = GLOBAL_BATCH // mesh.degrees.num_data_ranks
     first = mesh.data_rank * num_rows
-    pipeline = mesh.pipeline.get_group() if mesh.degrees.pp > 1 else None
-    steps = []
-    for index in range(num_steps):
-        batches = [_batch(index, row, rows) for row in range(first, first + num_rows, rows)]
-        batches = [batch.part(mesh.context_rank, mesh.degrees.cp) for batch in batches]
-        steps.append(_take(model, step, batches, pipeline))
-    return steps
+    batches = [_batch(index, row, rows) for row in range(first, first + num_rows, rows)]
+    return [batch.part(mesh.context_rank, mesh.degrees.cp) for batch in batches]
 
 
 def _batch(step: int, first_row: int = 0, num_rows: int = GLOBAL_BATCH) -> Batch:

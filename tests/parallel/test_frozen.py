@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.kinds import WIDE
-from tests.parallel.layouts import Layout, Precision, Step, compare, one_process
+from tests.parallel.layouts import Layout, Precision, Step, build, compare, one_process
 from tests.ranks import run_ranks
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.sizes import Degrees
 from titanmoe.models.build import build_model, init_weights, materialize
+from titanmoe.models.spec import Dense, GroupedQuery, LayerSpec, Rope
 from titanmoe.parallel.limits import check_stored_can_be_split
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
@@ -23,6 +25,8 @@ from titanmoe.parallel.parallelize import parallelize
 _NF4 = ("quantize.frozen.nf4.block_size=32",)
 FORMATS = {
     "channel": Precision(("quantize.frozen.float8",), ("quantize.frozen.float8.recipe_name=channel",)),
+    # Sums of codes times scales that are no powers of two are not exact, so that roundings may go either way.
+    "emulated": Precision(("quantize.frozen.float8",), ("quantize.frozen.float8.backend=emulated",), noise=0.08),
     "block": Precision(("quantize.frozen.float8",), ("quantize.frozen.float8.recipe_name=block",)),
     "mx": Precision(("quantize.frozen.mx",)),
     "nf4": Precision(("quantize.frozen.nf4",), _NF4),
@@ -44,6 +48,7 @@ def _reference(name: str) -> Step:
         ("nf4", Layout(dp_shard=2, ep=2)),
         ("channel", Layout(dp_shard=2, ep=2)),
         ("channel", Layout(tp=2)),
+        ("emulated", Layout(tp=2, etp=2)),
         ("mx", Layout(tp=2, ep=2)),
         ("nf4, scales in float32", Layout(tp=2, etp=2)),
         ("nf4", Layout(pp=2)),
@@ -76,6 +81,22 @@ def test_cuts_through_what_shares_scales_are_refused(name: str, degrees: Degrees
     with pytest.raises(ConfigError, match=words) as error:
         check_stored_can_be_split(model, degrees)
     assert error.value.where == "parallelism.tensor_parallel_degree"
+
+
+@pytest.mark.parametrize(("name", "layout"), [("emulated", Layout(tp=4)), ("channel", Layout(tp=4))], ids=str)
+def test_parts_that_native_kernels_cannot_have_are_refused(name: str, layout: Layout) -> None:
+    """8 of 32 values; dequantised, they may be any number."""
+    found = run_ranks(_why_refused, 4, name, layout)
+    assert all("is 8 x 64, but its product wants multiples of 16" in why for why in found) == (name == "emulated")
+
+
+def _why_refused(name: str, layout: Layout) -> str:
+    spec = replace(WIDE, layers=(LayerSpec(GroupedQuery(4, 4, 8, Rope(8, 1e4)), Dense(128)),))
+    try:
+        build(spec, layout, precision=FORMATS[name])
+    except ConfigError as error:
+        return error.what
+    return ""
 
 
 class _Gathered(TorchDispatchMode):

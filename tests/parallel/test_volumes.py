@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from titanmoe.config.sizes import Degrees
+from titanmoe.models.build import build_model
 from titanmoe.models.families.qwen3 import FAMILY
 from titanmoe.models.spec import DecoderSpec, GroupedQuery, LayerSpec, MoE, Rope
 from titanmoe.parallel.mesh import Mesh
@@ -18,13 +19,13 @@ from titanmoe.parallel.volumes import Rows, Step, axes_of, num_host_waits, num_s
 
 ATTENTION = GroupedQuery(4, 1, 8, Rope(8, 1e4))
 EXPERTS = MoE(num_experts=6, top_k=2, hidden_dim=16)
-SPEC = DecoderSpec(dim=8, vocab_size=10, layers=(LayerSpec(ATTENTION, EXPERTS),))
+MODEL = build_model(DecoderSpec(dim=8, vocab_size=10, layers=(LayerSpec(ATTENTION, EXPERTS),)))
 STEP = Step(batch=3, seq_len=8, param_bytes=2, reduce_bytes=4)
 
 
 def _by_kind(degrees: Degrees, step: Step = STEP, rows: list[Rows] | None = None) -> dict[tuple[str, str], Fraction]:
     sums: dict[tuple[str, str], Fraction] = defaultdict(Fraction)
-    for traffic in step_traffic(SPEC, degrees, step, rows=rows):
+    for traffic in step_traffic(MODEL, degrees, step, rows=rows):
         sums[traffic.kind, traffic.axis] += traffic.num_bytes
     return sums
 
@@ -37,8 +38,8 @@ def test_what_a_rank_sends_of_a_message() -> None:
 
 
 def test_one_process_sends_nothing_and_waits_for_nothing() -> None:
-    assert step_traffic(SPEC, Degrees(), STEP) == []
-    assert num_host_waits(SPEC, Degrees(), STEP) == 0
+    assert step_traffic(MODEL, Degrees(), STEP) == []
+    assert num_host_waits(MODEL, Degrees(), STEP) == 0
 
 
 def test_shards_are_filled_up() -> None:
@@ -71,10 +72,10 @@ def test_rows_travel_four_times_there_and_back() -> None:
     again = Step(**{**vars(STEP), "recompute": "full"})
     sums = _by_kind(degrees, again, rows)
     assert sums["all-to-all", "ep"] == numbers + (2 * 5 + 7) * (row + weight) + (2 * 7 + 5) * row
-    assert num_host_waits(SPEC, degrees, again) == num_host_waits(SPEC, degrees, STEP) == 1
+    assert num_host_waits(MODEL, degrees, again) == num_host_waits(MODEL, degrees, STEP) == 1
     by_op = Step(**{**vars(STEP), "recompute": "selective"})
     assert _by_kind(degrees, by_op, rows)["all-to-all", "ep"] == 2 * numbers + (5 + 7) * (2 * row + weight)
-    assert num_host_waits(SPEC, degrees, by_op) == 2
+    assert num_host_waits(MODEL, degrees, by_op) == 2
 
 
 def test_heads_that_are_fewer_than_the_ranks_are_sent_to_several() -> None:
@@ -111,7 +112,9 @@ def _axes(degrees: Degrees) -> dict[str, tuple[int, ...]]:
 
 
 def test_the_formulas_of_a_large_model_take_no_time_to_speak_of() -> None:
-    traffic = step_traffic(FAMILY.flavor("235B-A22B"), Degrees(dp_shard=64, ep=8), Step(batch=1, seq_len=4096))
+    traffic = step_traffic(
+        build_model(FAMILY.flavor("235B-A22B")), Degrees(dp_shard=64, ep=8), Step(batch=1, seq_len=4096)
+    )
     per_kind: dict[str, Fraction] = defaultdict(Fraction)
     for part in traffic:
         per_kind[part.kind] += part.num_bytes

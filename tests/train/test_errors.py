@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.train.jobs import (
+    CHECKOUT,
     TINY,
     Outcome,
     assert_one_line,
@@ -264,6 +265,17 @@ def test_two_ranks_tell_a_mistake_once(tmp_path: Path) -> None:
     assert code == 2
     assert err.count("error: ") == 1 and f"{tmp_path}/no" in err and "Traceback" not in err
     assert not (tmp_path / "dump").exists()
+
+
+def test_what_would_abort_at_the_end_does_not_hide_a_mistake(tmp_path: Path) -> None:
+    """As threads of process groups may, while Python ends."""
+    (tmp_path / "aborts_at_exit.py").write_text("import atexit, os\natexit.register(os.abort)\n")
+    job = write_job(tmp_path)
+    args = (f"--job.config_file={job}", f"--job.dump_folder={tmp_path}/dump", f"--training.dataset_path={tmp_path}/no")
+    path = f"{tmp_path}{os.pathsep}{CHECKOUT}"
+    code, _, err = finish(*args, "--experimental.custom_import=aborts_at_exit", PYTHONPATH=path)
+    assert code == 2
+    assert_one_line(err, f"{tmp_path}/no")
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:

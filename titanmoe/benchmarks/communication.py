@@ -27,7 +27,7 @@ from titanmoe.config.pipeline import microbatch_size
 from titanmoe.config.sizes import Degrees, accumulation_steps, degrees_of
 
 if TYPE_CHECKING:
-    from titanmoe.models.spec import DecoderSpec
+    from titanmoe.models.decoder import Decoder
     from titanmoe.parallel.stages import Stages
     from titanmoe.parallel.volumes import Rows, Step
 
@@ -49,6 +49,7 @@ _NO_WAITS = {
     "ops.linear_cross_entropy.linear_cross_entropy": _ON_CPU,
     "ops.linear_cross_entropy._check_labels": _ON_CPU,
     "ops.grouped_mm.expert_rows": _NO_KERNEL,
+    "ops.frozen.rows_times_frozen": "on a CPU, or with large experts",
     "ops.attention._each_document": _NO_KERNEL,
 }
 """Places that read values although no device is waited for, and why."""
@@ -97,6 +98,7 @@ def measure(config: JobConfig, num_ranks: int) -> dict[str, Any]:
         ConfigError: a mistake in the config.
     """
     from titanmoe.checkpoint.pretrained import choose_model
+    from titanmoe.models.build import build_model
     from titanmoe.parallel.stages import plan_stages
 
     with tempfile.TemporaryDirectory() as folder:
@@ -107,8 +109,13 @@ def measure(config: JobConfig, num_ranks: int) -> dict[str, Any]:
     has_bias = config.moe.bias_update_rate > 0
     _, spec = choose_model(model.name, model.flavor, model.hf_assets_path, selection_bias=has_bias)
     degrees, step = degrees_of(config, num_ranks), _step(config, num_ranks)
+    whole = build_model(spec)
+    if model.converters:
+        from titanmoe.converters.apply import convert  # imports torchao, which takes its time
+
+        convert(whole, model.converters, config)
     stages = plan_stages(spec, config.parallelism, config.training.seq_len) if degrees.pp > 1 else None
-    ranks = [_compare(spec, degrees, stages, step, rank, counted) for rank in range(num_ranks)]
+    ranks = [_compare(whole, degrees, stages, step, rank, counted) for rank in range(num_ranks)]
     return {
         "benchmark": "communication",
         "model": f"{model.name} {model.flavor}",
@@ -258,7 +265,7 @@ def _count(config: JobConfig) -> dict[str, Any]:
 
 
 def _compare(
-    spec: DecoderSpec,
+    model: Decoder,
     degrees: Degrees,
     stages: Stages | None,
     step: Step,
@@ -274,7 +281,7 @@ def _compare(
     for entry in counted[rank]["collectives"]:
         if len(entry["ranks"]) > 1:
             found[entry["kind"], tuple(entry["ranks"])] = entry
-    for traffic in step_traffic(spec, degrees, step, rank, stages=stages, rows=_rows(degrees, rank, counted)):
+    for traffic in step_traffic(model, degrees, step, rank, stages=stages, rows=_rows(degrees, rank, counted)):
         expected.setdefault((traffic.kind, axes[traffic.axis]), []).append(traffic)
     rows = []
     for key in sorted(found.keys() | expected.keys()):
@@ -297,7 +304,7 @@ def _compare(
         )
     waits = {place: count for place, count in counted[rank]["waits"].items() if place not in _NO_WAITS}
     others = {place: count for place, count in counted[rank]["waits"].items() if place in _NO_WAITS}
-    num_waits, waits_by_formula = sum(waits.values()), num_host_waits(spec, degrees, step, rank, stages=stages)
+    num_waits, waits_by_formula = sum(waits.values()), num_host_waits(model, degrees, step, rank, stages=stages)
     return {
         "rank": rank,
         "equal": all(row["equal"] for row in rows) and num_waits == waits_by_formula,

@@ -15,9 +15,12 @@ from titanmoe.metrics.records import JSONL_NAME, read_records
 _MISTAKE = 2
 
 
-def run_job(config: JobConfig) -> list[dict[str, Any]]:
+def run_job(config: JobConfig, folder: Path | None = None) -> list[dict[str, Any]]:
     """Train with the launcher, on as many processes as NGPU says, and leave nothing behind: no checkpoint is saved or
-    loaded, no trace is taken.
+    resumed from, no trace is taken.
+
+    Args:
+        folder: where it leaves its checkpoints, after all.
 
     Returns:
         The records of its metrics.jsonl.
@@ -26,14 +29,18 @@ def run_job(config: JobConfig) -> list[dict[str, Any]]:
         ConfigError: the job ended with exit code 2.
         RuntimeError: it failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    given = config.checkpoint
+    loads = given.initial_load_in_hf
+    path = given.initial_load_path if loads else None
+    checkpoint = type(given)(enable=loads, initial_load_in_hf=loads, initial_load_path=path, load_only=loads)
+    with tempfile.TemporaryDirectory() as temporary:
         config = replace(
             config,
-            job=replace(config.job, dump_folder=folder, print_config=False),
-            checkpoint=type(config.checkpoint)(),
+            job=replace(config.job, dump_folder=str(folder or temporary), print_config=False),
+            checkpoint=given if folder else checkpoint,
             profiling=type(config.profiling)(),
         )
-        path = Path(folder) / "job.toml"
+        path = Path(temporary) / "job.toml"
         path.write_text(to_toml(config), encoding="utf-8")
         command = [sys.executable, "-m", "titanmoe.launch", f"--job.config_file={path}"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -41,4 +48,4 @@ def run_job(config: JobConfig) -> list[dict[str, Any]]:
             raise ConfigError(done.stdout.rpartition("error: ")[2].strip())
         if done.returncode != 0:
             raise RuntimeError(f"a job ended with exit code {done.returncode}:\n{done.stdout}")
-        return read_records(Path(folder) / JSONL_NAME)[0]
+        return read_records(Path(folder or temporary) / JSONL_NAME)[0]

@@ -8,6 +8,7 @@ import torch
 
 from titanmoe.config import load_config
 from titanmoe.converters.converter import CONVERTERS
+from titanmoe.converters.frozen import Frozen
 from titanmoe.converters.low_precision import LowPrecision
 from titanmoe.ops.backends import Kind, NoBackendError, choose_backend
 
@@ -25,6 +26,16 @@ FORMATS: Mapping[str, Mapping[str, str]] = {
 
 USUAL = ("fp8_tensorwise", "fp8_rowwise", "mxfp8")
 """Those that are compared if none are named."""
+
+_FROZEN_FP8 = "quantize.frozen.float8"
+BASES: Mapping[str, tuple[str, ...]] = {
+    "FP8": (_FROZEN_FP8, f"--{_FROZEN_FP8}.backend=dequantize"),
+    "FP8, blocks": (_FROZEN_FP8, f"--{_FROZEN_FP8}.backend=dequantize", f"--{_FROZEN_FP8}.recipe_name=block"),
+    "FP8, native": (_FROZEN_FP8, f"--{_FROZEN_FP8}.backend=native"),
+    "MXFP8": ("quantize.frozen.mx",),
+    "NF4": ("quantize.frozen.nf4",),
+}
+"""Frozen weights: a converter of each, and its settings."""
 
 
 def formats_for(kinds: Collection[Kind]) -> list[str]:
@@ -64,6 +75,19 @@ def build_converters(options: Sequence[str], device: torch.device) -> list[LowPr
     config = load_config(None, options)
     found = [CONVERTERS[name].from_job(config, device) for name in config.model.converters]
     return [converter for converter in found if isinstance(converter, LowPrecision)]
+
+
+def build_base(name: str, device: torch.device) -> Frozen:
+    """The converter of one of `BASES`.
+
+    Raises:
+        ConfigError: it cannot work there.
+    """
+    converter, *settings = BASES[name]
+    config = load_config(None, [f"--model.converters={converter}", *settings])
+    found = CONVERTERS[converter].from_job(config, device)
+    assert isinstance(found, Frozen)
+    return found
 
 
 def _converters(name: str, kinds: Collection[Kind]) -> dict[str, str]:

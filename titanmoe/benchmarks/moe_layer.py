@@ -2,26 +2,29 @@
 
 Router, dispatch, experts, shared experts and combination, forward and backward, in one process, with the sizes of a
 model's layer. In low precision are the experts and the linear layers of shared experts. Frozen are the experts alone:
-they have no gradients of weights, which are a third of their FLOPs.
+they have no gradients of weights, which are a third of their FLOPs. With --bases they are stored in few bits, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titanmoe.benchmarks import products
 from titanmoe.benchmarks.device_timing import peak_bytes
+from titanmoe.benchmarks.low_precision import BASES, build_base
 from titanmoe.benchmarks.products import DTYPE, PLAIN, Row, Setting
 from titanmoe.benchmarks.turns import ratio
+from titanmoe.converters.frozen import Frozen
 from titanmoe.converters.low_precision import LowPrecision
 from titanmoe.models.family import get_family
 from titanmoe.models.flops import layer_flops
+from titanmoe.models.moe.experts import Experts
 from titanmoe.models.moe.layer import MoELayer
 from titanmoe.models.spec import LayerSpec, MoE
 from titanmoe.ops.backends import Kind
@@ -59,15 +62,17 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     products.add_options(parser, ["grouped_mm"], list(PRESETS))
     parser.add_argument("--tokens", type=products.positive, nargs="+", help="per step")
+    parser.add_argument("--bases", nargs="*", choices=BASES, default=[], help="formats of frozen experts")
     parser.add_argument("--experts", type=products.positive, help="in this process")
     options = parser.parse_args(args)
 
     def measure(setting: Setting) -> list[Row]:
+        bases = {base: build_base(base, setting.device) for base in options.bases}
         name = products.choose_preset(options.preset, list(PRESETS), setting.device, options.tokens is not None)
         preset = PRESETS[name]
         dim, layer = layer_spec(preset, options.experts)
         all_tokens = options.tokens or [preset.num_tokens]
-        return [row for num_tokens in all_tokens for row in _measure(layer, dim, num_tokens, setting)]
+        return [row for num_tokens in all_tokens for row in _measure(layer, dim, num_tokens, setting, bases)]
 
     return products.run("moe_layer", options, _KINDS, measure)
 
@@ -81,7 +86,7 @@ def layer_spec(preset: Preset, num_experts: int | None = None) -> tuple[int, Lay
     return spec.dim, replace(layer, feed_forward=replace(layer.feed_forward, num_experts=num_experts))
 
 
-def _measure(layer: LayerSpec, dim: int, num_tokens: int, setting: Setting) -> list[Row]:
+def _measure(layer: LayerSpec, dim: int, num_tokens: int, setting: Setting, bases: Mapping[str, Frozen]) -> list[Row]:
     """A row with experts that learn, and one with frozen ones."""
     spec = layer.feed_forward
     assert isinstance(spec, MoE)
@@ -91,18 +96,28 @@ def _measure(layer: LayerSpec, dim: int, num_tokens: int, setting: Setting) -> l
     _, experts_TK = _layer(dim, spec, weights).router(x)
     num_rows_E = experts_TK.flatten().bincount(minlength=spec.num_experts)
 
-    def call(converters: Sequence[LowPrecision], is_frozen: bool) -> Callable[[], object]:
+    def call(converters: Sequence[LowPrecision | Frozen], is_frozen: bool) -> Callable[[], object]:
         from torchao.quantization import quantize_  # after titanmoe.converters, which imports it without its warnings
 
         module = _layer(dim, spec, weights)
         module.experts.requires_grad_(not is_frozen)
         for converter in converters:
-            quantize_(module, converter, filter_fn=lambda part, _, converter=converter: converter.may_change(part))
+            only = Experts if isinstance(converter, Frozen) else nn.Module
+            quantize_(
+                module,
+                converter,
+                filter_fn=lambda part, _, it=converter, only=only: it.may_change(part) and isinstance(part, only),
+            )
         wanted = [x, *(parameter for parameter in module.parameters() if parameter.requires_grad)]
         return lambda: torch.autograd.grad(module(x), wanted, dy)
 
-    contenders: dict[str, tuple[LowPrecision, ...]] = {PLAIN: (), **formats}
-    cases = [(is_frozen, name) for is_frozen in (False, True) for name in contenders]
+    contenders: dict[str, tuple[LowPrecision | Frozen, ...]] = {PLAIN: (), **formats}
+    for name, base in bases.items():
+        if why := base.misfit(_layer(dim, spec, weights).experts):
+            left_out[name] = why
+        else:
+            contenders[name] = (base,)
+    cases = [(is_frozen, name) for is_frozen in (False, True) for name in contenders if is_frozen or name not in bases]
     # Each alone, as if the others were not there.
     peaks = {case: peak_bytes(call(contenders[case[1]], case[0]), setting.device) for case in cases}
     calls = {_label(*case): call(contenders[case[1]], case[0]) for case in cases}
@@ -112,7 +127,7 @@ def _measure(layer: LayerSpec, dim: int, num_tokens: int, setting: Setting) -> l
     for is_frozen in (False, True):
         forward = flops["router"] + flops.get("shared_experts", 0) + flops["experts"]
         total = num_tokens * (3 * forward - (flops["experts"] if is_frozen else 0))
-        own = {name: seconds[_label(is_frozen, name)] for name in contenders}
+        own = {name: seconds[_label(frozen, name)] for frozen, name in cases if frozen == is_frozen}
         row = {
             "size": {
                 "tokens": num_tokens,
@@ -128,7 +143,9 @@ def _measure(layer: LayerSpec, dim: int, num_tokens: int, setting: Setting) -> l
         }
         for name, product in row["products"].items():
             product["peak_bytes"] = peaks[is_frozen, name]
-            if is_frozen:
+            if name in bases:
+                product["experts"] = bases[name].backend_of(_layer(dim, spec, weights).experts)
+            elif is_frozen:
                 product["of_trainable"] = ratio(own[name], seconds[_label(False, name)])
         rows.append(row)
     return rows

@@ -1,5 +1,6 @@
-"""Training speed beside transformers: python -m titanmoe.benchmarks.train [--json].
+"""Training speed beside transformers: python -m titanmoe.benchmarks.train [--lora] [--json].
 
+With --lora all but adapters is frozen, beside transformers with PEFT, and beside titanmoe when it trains all weights.
 With --job.config_file FILE it is that of a job beside the same one without its converters instead: see `train_job`.
 
 Both train the same model (weights written once to a Hugging Face folder) on the same batches of Python source text,
@@ -16,13 +17,19 @@ import platform
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titanmoe.benchmarks import train_job
 from titanmoe.benchmarks.turns import Worker, ratio, summarize
+from titanmoe.config import ConfigError
+
+if TYPE_CHECKING:
+    from titanmoe.models.spec import DecoderSpec
 
 WORKER = "titanmoe.benchmarks.train_worker"
+_OURS, _ALL_WEIGHTS = "titanmoe", "titanmoe full"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -30,15 +37,27 @@ def main(args: Sequence[str] | None = None) -> int:
     if any(arg.startswith("--job.") for arg in args):
         return train_job.main(args)
     options = _parse(args)
+    try:
+        report = _report(options)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    print(json.dumps(report, indent=2) if options.json else _table(report))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    """
+    Raises:
+        ConfigError: `--lora` has a mistake, or there is no such device.
+    """
     import torch
 
-    from titanmoe.metrics.flops import training_flops_per_token
-    from titanmoe.models.family import get_family
+    from titanmoe.benchmarks.device_timing import pick_device
 
-    spec = get_family(options.family).flavor(options.flavor)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(options.device).type
+    spec = _spec(options)
     tokens_per_step = options.batch * options.seq_len
-    flops = training_flops_per_token(spec, options.seq_len)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         _prepare(folder, options)
@@ -46,25 +65,27 @@ def main(args: Sequence[str] | None = None) -> int:
             rounds = _compete(folder, dtype, device, options)
             for system, result in rounds.items():
                 rate = tokens_per_step / result["seconds"]["median"]
+                adapts = options.lora is not None and system != _ALL_WEIGHTS
+                flops = _flops_per_token(spec, options.seq_len, _lora_options(options, dtype) if adapts else None)
                 result |= {
                     "tokens_per_second": rate,
+                    "flops_per_token": flops,
                     "gflops": rate * flops / 1e9,
                     "share_of_matmul_rate": rate * flops / 1e9 / result["matmul_gflops"],
                 }
                 results.append({"system": system, "dtype": dtype, **result})
-    report = {
+    return {
         "benchmark": "train",
         "model": f"{options.family} {options.flavor}",
+        "layers": len(spec.layers),
+        "lora": options.lora,
         "batch": options.batch,
         "seq_len": options.seq_len,
         "threads": options.threads,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU",
         "torch": torch.__version__,
-        "flops_per_token": flops,
         "results": results,
     }
-    print(json.dumps(report, indent=2) if options.json else _table(report))
-    return 0
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:
@@ -75,6 +96,10 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--family", default="qwen3")
     parser.add_argument("--flavor", default="bench_60M", help="size of the model (60 M parameters, 32 experts)")
+    parser.add_argument("--layers", type=int, help="only so many of them, as where all have no place")
+    parser.add_argument(
+        "--lora", nargs="*", metavar="KEY=VALUE", help="train adapters alone; keys are those of [lora], as in rank=16"
+    )
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -87,21 +112,54 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
+def _spec(options: argparse.Namespace) -> DecoderSpec:
+    from titanmoe.models.family import get_family
+
+    spec = get_family(options.family).flavor(options.flavor)
+    return replace(spec, layers=spec.layers[: options.layers])
+
+
+def _flops_per_token(spec: DecoderSpec, seq_len: int, lora: Sequence[str] | None) -> int:
+    """Of a step that trains adapters of these settings, or, without any, all weights."""
+    from titanmoe.config import load_config
+    from titanmoe.converters.apply import convert
+    from titanmoe.metrics.flops import training_flops_per_token
+    from titanmoe.models.build import build_model
+
+    model = build_model(spec)
+    if lora is not None:
+        convert(model, ["lora"], load_config(None, lora))
+    return training_flops_per_token(model, seq_len)
+
+
+def _lora_options(options: argparse.Namespace, dtype: str) -> list[str]:
+    return [f"--lora.dtype={dtype}", *(f"--lora.{setting}" for setting in options.lora or ())]
+
+
 def _prepare(folder: str, options: argparse.Namespace) -> None:
-    """Write the checkpoint and the batches that all contenders read."""
+    """Write the checkpoint, the adapter, and the batches that all contenders read."""
     import torch
     from safetensors.torch import save_file
 
+    from titanmoe.checkpoint.adapter_config import AdapterSettings
+    from titanmoe.checkpoint.adapters import save_adapter
     from titanmoe.checkpoint.pretrained import save_pretrained
+    from titanmoe.config import load_config
+    from titanmoe.converters.apply import convert
     from titanmoe.data.loader import DataLoader
     from titanmoe.data.sources import open_source
     from titanmoe.data.tokenizer import load_tokenizer
     from titanmoe.models.build import build_model, init_weights
     from titanmoe.models.family import get_family
 
-    model = build_model(get_family(options.family).flavor(options.flavor), device="cpu")
+    model = build_model(_spec(options), device="cpu")
     init_weights(model, seed=0)
     save_pretrained(model, Path(folder) / "model", tokenizer="builtin")
+    if options.lora is not None:
+        config = load_config(None, _lora_options(options, "float32"))
+        convert(model, ["lora"], config)
+        settings = AdapterSettings.of(config.lora)
+        save_adapter(model, Path(folder) / "adapter", get_family(options.family), settings, verify=False)
     loader = DataLoader(
         open_source("stdlib", None, "train"),
         load_tokenizer(None),
@@ -112,13 +170,13 @@ def _prepare(folder: str, options: argparse.Namespace) -> None:
         seed=0,
         shuffle=True,
     )
-    batches = [next(loader) for _ in range(options.steps * (options.rounds + 1))]
+    batches = [next(loader) for _ in range(options.steps * (options.rounds + 2))]
     tokens = torch.stack([torch.cat((batch.tokens_BS, batch.labels_BS[:, -1:]), dim=1) for batch in batches])
     save_file({"tokens": tokens}, Path(folder) / "batches.safetensors")
 
 
 def _compete(folder: str, dtype: str, device: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    systems = ["titanmoe", *options.against]
+    systems = [_OURS, *([] if options.lora is None else [_ALL_WEIGHTS]), *options.against]
     job = {
         "checkpoint": str(Path(folder) / "model"),
         "batches": str(Path(folder) / "batches.safetensors"),
@@ -126,12 +184,17 @@ def _compete(folder: str, dtype: str, device: str, options: argparse.Namespace) 
         "device": device,
         "threads": options.threads,
         "steps": options.steps,
+        "lora": _lora_options(options, dtype),
     }
+    adapter = "" if options.lora is None else str(Path(folder) / "adapter")
     env = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1"}
-    workers = {system: Worker(WORKER, {**job, "system": system}, env) for system in systems}
+    workers = {}
     seconds: dict[str, list[float]] = {system: [] for system in systems}
     losses: dict[str, list[float]] = {system: [] for system in systems}
     try:
+        for system in systems:
+            own = {"system": system.partition(" ")[0], "adapter": "" if system == _ALL_WEIGHTS else adapter}
+            workers[system] = Worker(WORKER, {**job, **own}, env)
         for number in range(options.rounds):
             for system, worker in workers.items():
                 answer = worker.run()
@@ -145,7 +208,7 @@ def _compete(folder: str, dtype: str, device: str, options: argparse.Namespace) 
         system: {
             "matmul_gflops": worker.info["matmul_gflops"],
             "seconds": summarize(seconds[system]),
-            "times_titanmoe_is_faster": ratio(seconds[system], seconds["titanmoe"]),
+            "times_titanmoe_is_faster": ratio(seconds[system], seconds[_OURS]),
             "losses": losses[system],
         }
         for system, worker in workers.items()

@@ -1,7 +1,8 @@
 """One contender of the `train` benchmark: builds a model and times its training steps. Run by `train.py`.
 
 All contenders get the same weights (through a Hugging Face folder), the same batches, AdamW (fused), clipping to 1.0
-and the same number of threads. A step is forward, backward, clipping, update and clearing of gradients.
+and the same number of threads; with adapters, the same adapter (in the form of PEFT), of the dtype of weights.
+A step is forward, backward, clipping, update and clearing of gradients.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     build = {"titanmoe": _titanmoe, "transformers": _transformers}[job["system"]]
-    step = build(job["checkpoint"], dtype, device)
+    step = build(job["checkpoint"], dtype, device, job["adapter"], job["lora"])
     batches = load_file(job["batches"], device=job["device"])["tokens"].unbind(0)  # each (B, S + 1)
     position = 0
 
@@ -46,11 +47,12 @@ def main() -> None:
             position += 1
         return {"seconds": seconds, "losses": losses}
 
-    run()  # warm-up: kernels are built, optimizer state is made
+    for _ in range(2):  # kernels are built, optimizer state is made, memory is found
+        run()
     serve({"system": job["system"], "matmul_gflops": _matmul_gflops(dtype, device)}, run)
 
 
-def _titanmoe(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Step:
+def _titanmoe(checkpoint: str, dtype: torch.dtype, device: torch.device, adapter: str, lora: Sequence[str]) -> Step:
     from titanmoe.checkpoint.pretrained import from_pretrained
     from titanmoe.data.packing import Batch
     from titanmoe.parallel.host_memory import keep_freed_memory
@@ -61,6 +63,8 @@ def _titanmoe(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Step
     if device.type == "cpu":
         keep_freed_memory()
     model = from_pretrained(checkpoint, dtype=dtype, device=device)
+    if adapter:
+        _adapt(model, adapter, lora)
     optimizer = build_optimizer(
         model,
         name="AdamW",
@@ -84,15 +88,34 @@ def _titanmoe(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Step
     return step
 
 
-def _transformers(checkpoint: str, dtype: torch.dtype, device: torch.device) -> Step:
+def _adapt(model: Any, adapter: str, lora: Sequence[str]) -> None:
+    from titanmoe.checkpoint.adapter_config import AdapterSettings
+    from titanmoe.checkpoint.adapters import load_adapter
+    from titanmoe.checkpoint.pretrained import family_of_spec
+    from titanmoe.config import load_config
+    from titanmoe.converters.apply import convert
+
+    config = load_config(None, lora)
+    convert(model, ["lora"], config)
+    load_adapter(model, adapter, family_of_spec(model.spec), AdapterSettings.of(config.lora))
+
+
+def _transformers(checkpoint: str, dtype: torch.dtype, device: torch.device, adapter: str, lora: Sequence[str]) -> Step:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
+    if adapter:
+        from peft import PeftModel
+
+        # With the cast, which is PEFT's default, adapters of a bfloat16 model are in float32, and it is slower.
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
     model.to(device).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in parameters} == {dtype}
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
+        parameters, lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
     )
 
     def step(tokens: Tensor) -> Tensor:
@@ -100,7 +123,7 @@ def _transformers(checkpoint: str, dtype: torch.dtype, device: torch.device) -> 
         inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
         loss = model(input_ids=inputs, labels=labels, shift_labels=labels, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()

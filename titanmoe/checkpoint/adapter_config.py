@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from titanmoe.checkpoint.adapter_names import PREFIX, A, is_of_experts, rules_of, stacked_parameter
+from titanmoe.checkpoint.adapter_names import PREFIX, A, is_of_experts, pieces_by_name, rules_of, stacked_parameter
 from titanmoe.checkpoint.model_tensors import model_tensors
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.sections.lora import LoRA
 from titanmoe.models.build import build_model
 from titanmoe.models.family import Family
-from titanmoe.models.keys import pieces_of
 from titanmoe.models.spec import DecoderSpec
 
 PER_EXPERT = "peft-per-expert"
@@ -77,7 +76,7 @@ def adapter_config(
     Raises:
         ConfigError: DoRA on parameters, which PEFT does not have.
     """
-    has_experts = any(name.endswith(".experts.down") for name in _whole_shapes(spec))
+    has_experts = any(name.endswith(".experts.down") for name in whole_shapes(spec))
     targets = list(_targets(family, layout, shapes, has_experts))
     parameters = [target for target in targets if target.is_parameter]
     if settings.use_dora and parameters:
@@ -86,7 +85,7 @@ def adapter_config(
             where=parameters[0].name,
             mend=f"Merge it into the weights (--merge), or choose --format {PER_EXPERT}.",
         )
-    of_whole = _targets(family, layout, _whole_shapes(spec), has_experts)
+    of_whole = _targets(family, layout, whole_shapes(spec), has_experts)
     names = _shortened(targets, of_whole)
     ranks = {}
     for target in targets:
@@ -126,17 +125,16 @@ def adapter_config(
 def _targets(
     family: Family, layout: str, shapes: Mapping[str, tuple[int, ...]], has_experts: bool
 ) -> Iterator[_Target]:
-    rules = rules_of(family, layout)
-    for name, shape in shapes.items():
-        if not name.endswith("lora_a"):
-            continue
+    factors = {name: shape for name, shape in shapes.items() if name.endswith("lora_a")}
+    pieces = pieces_by_name(rules_of(family, layout), factors)
+    for name, shape in factors.items():
         of_experts = is_of_experts(name)
         if of_experts and layout != PER_EXPERT:
             short = stacked_parameter(family, "gate_up" if name.endswith("gate_up_lora_a") else "down")
             layer = name.partition("layers.")[2].partition(".")[0]
             yield _Target(f"layers.{layer}.{short}", short, shape[-2], True, True)
             continue
-        for piece in pieces_of(rules, name, shape):
+        for piece in pieces[name]:
             module = piece.file_key.removeprefix(PREFIX).removesuffix(f".{A}")
             short = module.rpartition(".")[2]
             if has_experts and short in _TAKEN_FOR_EXPERTS and layout != PER_EXPERT:
@@ -156,12 +154,15 @@ def _shortened(targets: list[_Target], of_whole: Iterator[_Target]) -> dict[str,
     return {target.name if everywhere[target.short] else target.short: target.is_parameter for target in targets}
 
 
-def _whole_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """The shapes that A would have if all of the model were adapted with rank one, and those of the experts."""
+def whole_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes that A and B would have if all of the model were adapted with rank one, and those of the experts."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model_tensors(build_model(spec)).items():
+        *outputs, inputs = tensor.shape or (0,)
         if name.endswith((".experts.gate_up", ".experts.down")):
-            shapes |= {name: tuple(tensor.shape), f"{name}_lora_a": (tensor.shape[0], 1, tensor.shape[-1])}
+            shapes |= {name: tuple(tensor.shape), f"{name}_lora_a": (outputs[0], 1, inputs)}
+            shapes[f"{name}_lora_b"] = (*outputs, 1)
         elif name.endswith(".weight") and tensor.dim() == 2:
-            shapes[f"{name.removesuffix('weight')}lora_a"] = (1, tensor.shape[1])
+            linear = name.removesuffix("weight")
+            shapes |= {f"{linear}lora_a": (1, inputs), f"{linear}lora_b": (*outputs, 1)}
     return shapes

@@ -8,26 +8,30 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isclose, prod, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from titanmoe.checkpoint.adapter_config import AdapterSettings
-from titanmoe.checkpoint.adapter_names import MAGNITUDE, PREFIX, A, B, is_of_experts, layouts
+from titanmoe.checkpoint.adapter_config import PER_EXPERT, AdapterSettings, whole_shapes
+from titanmoe.checkpoint.adapter_names import MAGNITUDE, PREFIX, A, B, is_of_experts, layouts, pieces_by_name
 from titanmoe.checkpoint.hf_folder import describe_keys, read_json_object, require_folder
 from titanmoe.checkpoint.row_source import Files, PlainSource
 from titanmoe.checkpoint.safetensors_io import DTYPES, TensorInfo, read_header
 from titanmoe.config.errors import ConfigError
+from titanmoe.config.sections.lora import LoRA
 from titanmoe.models.family import Family
-from titanmoe.models.keys import Piece, pieces_of
+from titanmoe.models.keys import Piece
+from titanmoe.models.spec import DecoderSpec
 
 logger = logging.getLogger("titanmoe.checkpoint")
+
+T = TypeVar("T")
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
@@ -83,9 +87,8 @@ class AdapterFolder:
         for key, (name, piece) in pieces.items():
             self._parts[name].append(self._part(infos[key], name, piece))
         self._check_ranks()
-        if self.layout == "peft-per-expert":
+        if self.layout == PER_EXPERT:
             self._put_gates_and_ups_together()
-        self._log_changes()
 
     def value(self, name: str, files: Files) -> Tensor:
         """A whole parameter in float32. Ranks that the files lack are zero in B, and NaN in A: any values will do."""
@@ -114,12 +117,10 @@ class AdapterFolder:
         if bool(config.get("use_dora")) != settings.use_dora:
             here = str(bool(config.get("use_dora"))).lower()
             raise ConfigError(f"the adapter has use_dora {here}", where=where, mend=f"Set lora.use_dora = {here}.")
-        if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva"):
+        if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
             what = f"init_lora_weights = {config['init_lora_weights']!r} changes the weights that adapters are added to"
             raise ConfigError(what, where=where, mend="Convert it to a plain LoRA when PEFT saves it.")
-        rank, alpha = config.get("r"), config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-            raise ConfigError("r or lora_alpha is missing", where=where)
+        rank, alpha = _rank_and_alpha(config, self.path)
         if not isclose(_scale(config, rank, alpha), settings.scale_of(settings.rank), rel_tol=1e-6):
             kind = "lora_alpha / sqrt(r)" if config.get("use_rslora") else "lora_alpha / r"
             raise ConfigError(
@@ -137,8 +138,8 @@ class AdapterFolder:
         found = {
             layout: {
                 piece.file_key: (name, piece)
-                for name, shape in self._shapes.items()
-                for piece in pieces_of(rules, name, shape)
+                for name, pieces in pieces_by_name(rules, self._shapes).items()
+                for piece in pieces
             }
             for layout, rules in layouts(family).items()
         }
@@ -152,21 +153,16 @@ class AdapterFolder:
             raise ConfigError(
                 "the adapter is not one of this model\n  " + "\n  ".join(lines),
                 where=str(self.path),
-                mend="lora.target_modules must name what the adapter has, and the base model must be the same.",
+                mend="lora.target_modules must name what the adapter has, and the base model must be the same. "
+                "Routers, embeddings and outputs have no adapters here.",
             )
         return layout, found[layout]
 
     def _part(self, info: TensorInfo, name: str, piece: Piece) -> _Part:
-        shape, rank_dim = self._shapes[name], _rank_dim(name)
         if DTYPES.get(info.dtype) not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"is of dtype {info.dtype}", where=f"{info.path}: {info.key}")
-        rank, factor = 1, 1.0
-        if rank_dim is not None:
-            of_slice = shape[len(piece.at) :]
-            per_rank = prod(of_slice) // of_slice[rank_dim]
-            rank = prod(info.shape) // per_rank
-            shape = (*shape[:rank_dim], rank, *shape[len(shape) + rank_dim + 1 :])
-        if piece.shape(shape) != info.shape:
+        rank, factor = _rank_in_file(info, name, piece, self._shapes[name]), 1.0
+        if not rank:
             raise ConfigError(
                 f"is {list(info.shape)}, and the model has {list(piece.shape(self._shapes[name]))} for it",
                 where=f"{info.path}: {info.key}",
@@ -185,26 +181,23 @@ class AdapterFolder:
             if not names:
                 continue
             ours = self._shapes[names[0]][-1]
-            ranks = {part.rank for name in names for part in self._parts[name]}
-            accepted = {max(ranks)}
-            if of_experts and self.layout == "peft-per-expert" and not self._share_a:
-                accepted = {2 * max(ranks)}
-            if ours not in accepted:
-                theirs = next(iter(accepted))
-                value = f'"{theirs}"' if of_experts else str(theirs)
-                both = " (gate and up have an A each)" if accepted != {max(ranks)} else ""
+            theirs = max(part.rank for name in names for part in self._parts[name])
+            apart = of_experts and self.layout == PER_EXPERT and not self._share_a
+            if apart:
+                theirs *= 2
+            if ours != theirs:
+                both = " (gate and up have an A each)" if apart else ""
                 raise ConfigError(
                     f"the adapter has rank {theirs}{both}, the model {ours}",
                     where=str(self.path),
-                    mend=f"Set {key} = {value}.",
+                    mend=f"Set {key} = {theirs}.",
                 )
 
     @cached_property
     def _share_a(self) -> bool:
         """Whether gate and up of every expert have the same A."""
         stacked = [parts for name, parts in self._parts.items() if name.endswith("gate_up_lora_a")]
-        with Files() as files:
-            return all(_equal(gate, up, files) for parts in stacked for gate, up in _pairs(parts))
+        return _are_equal((gate.info, up.info) for parts in stacked for gate, up in _pairs(parts))
 
     def _put_gates_and_ups_together(self) -> None:
         """Files have an A for gate and one for up, and a model has one for both.
@@ -227,7 +220,8 @@ class AdapterFolder:
                     for part in parts
                 ]
 
-    def _log_changes(self) -> None:
+    def log_changes(self) -> None:
+        """Tell what the config of a run cannot, or what files lack."""
         scaled = [part.info.key for parts in self._parts.values() for part in parts if part.factor != 1.0]
         if scaled:
             text = "%s: alphas of their own, which the config cannot name, are multiplied into B of %s"
@@ -239,6 +233,67 @@ class AdapterFolder:
         ]
         if lacking:
             logger.info("%s: of a smaller rank, filled up with zeros: %s", self.path, describe_keys(lacking))
+
+
+def base_of_adapter(folder: Path) -> Path:
+    """The folder of the model that an adapter says it is for.
+
+    Raises:
+        ConfigError: it names none, or one that is not here.
+    """
+    name = _read_config(folder).get("base_model_name_or_path")
+    if not isinstance(name, str) or not Path(name).is_dir():
+        raise ConfigError(
+            f"the adapter is for {name or 'a model that it does not name'}, which is no folder here",
+            where=str(folder / CONFIG_NAME),
+            mend="Name the model's folder with --base.",
+        )
+    return Path(name)
+
+
+def lora_section(folder: Path, family: Family, spec: DecoderSpec) -> LoRA:
+    """`[lora]` for a model that is to have a folder's adapter: what it has, and with which ranks.
+
+    Raises:
+        ConfigError: not what PEFT writes, or nothing in it is of this model.
+    """
+    config, infos = _read_config(folder), read_header(_weights_file(folder))
+    rank, alpha = _rank_and_alpha(config, folder)
+    whole = {name: shape for name, shape in whole_shapes(spec).items() if "lora_" in name}
+    ranks: dict[str, int] = {}  # the largest in files, by the name of A
+    for layout, rules in layouts(family).items():
+        of_layout: dict[str, int] = {}
+        # Where one of two weights of experts is adapted, it has the other's key: which it is, its shape tells.
+        for absent in (".down_lora_", ".gate_up_lora_", "none"):
+            shapes = {name: shape for name, shape in whole.items() if absent not in name}
+            by_name = pieces_by_name(rules, shapes)
+            found = {
+                name: [_rank_in_file(infos.get(piece.file_key), name, piece, shapes[name]) for piece in pieces]
+                for name, pieces in by_name.items()
+            }
+            there = {name for name in found if all(found[name])}
+            of_layout |= {a: max(found[a]) for a in there if a.endswith("a") and f"{a[:-1]}b" in there}
+        if layout == PER_EXPERT:
+            stacked = ([infos[p.file_key] for p in by_name[a]] for a in of_layout if a.endswith("gate_up_lora_a"))
+            share_a = _are_equal(pair for of_layer in stacked for pair in _pairs(of_layer))
+            of_layout = {a: of_layout[a] * (1 if share_a or not is_of_experts(a) else 2) for a in of_layout}
+        ranks = max(ranks, of_layout, key=len)
+    if not ranks:
+        what = f"has no adapter of a model of family {family.name!r}: {describe_keys(infos)}"
+        raise ConfigError(what, where=str(folder))
+    of_experts = [ranks[name] for name in ranks if is_of_experts(name)]
+    largest = max((ranks[name] for name in ranks if not is_of_experts(name)), default=rank)
+    return LoRA(
+        rank=largest,
+        alpha=_scale(config, rank, alpha) * (sqrt(largest) if config.get("use_rslora") else largest),
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+        target_modules=tuple(
+            re.sub(r"_lora_a$", "_proj", name) if is_of_experts(name) else name.removesuffix(".lora_a")
+            for name in ranks
+        ),
+        expert_rank=max(of_experts, default="scaled"),
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -254,6 +309,25 @@ def _weights_file(folder: Path) -> Path:
             mend = "Pickled weights are never loaded: save it with `save_pretrained(NEW, safe_serialization=True)`."
         raise ConfigError(f"the folder has no {WEIGHTS_NAME}", where=str(folder), mend=mend)
     return folder / WEIGHTS_NAME
+
+
+def _rank_and_alpha(config: Mapping[str, Any], folder: Path) -> tuple[int, float]:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise ConfigError("r or lora_alpha is missing", where=str(folder / CONFIG_NAME))
+    return rank, float(alpha)
+
+
+def _rank_in_file(info: TensorInfo | None, name: str, piece: Piece, shape: tuple[int, ...]) -> int:
+    """The rank of a file tensor (1 if it has none) that fills a piece of a parameter; 0 if that has other sizes."""
+    if info is None:
+        return 0
+    rank, rank_dim = 1, _rank_dim(name)
+    if rank_dim is not None:
+        of_slice = shape[len(piece.at) :]
+        rank = prod(info.shape) * of_slice[rank_dim] // prod(of_slice)
+        shape = (*shape[:rank_dim], rank, *shape[len(shape) + rank_dim + 1 :])
+    return rank if piece.shape(shape) == info.shape else 0
 
 
 def _rank_dim(name: str) -> int | None:
@@ -290,16 +364,16 @@ def _scale_of_module(config: Mapping[str, Any], module: str, rank: int) -> float
     return _scale(config, rank, alpha)
 
 
-def _pairs(parts: list[_Part]) -> list[tuple[_Part, _Part]]:
-    """Gate and up of each expert: rules name them in this order."""
-    of_expert = defaultdict(list)
-    for part in parts:
-        of_expert[part.piece.at].append(part)
-    return [(gate, up) for gate, up in of_expert.values()]
+def _pairs(of_layer: Sequence[T]) -> Iterator[tuple[T, T]]:
+    """Gate and up of each expert: rules name all gates before all ups."""
+    middle = len(of_layer) // 2
+    return zip(of_layer[:middle], of_layer[middle:], strict=True)
 
 
-def _equal(gate: _Part, up: _Part, files: Files) -> bool:
-    if gate.info.shape != up.info.shape:
-        return False
-    rows = [PlainSource(part.info).rows(files, 0, part.info.shape[0]) for part in (gate, up)]
-    return torch.equal(*rows)
+def _are_equal(pairs: Iterable[tuple[TensorInfo, TensorInfo]]) -> bool:
+    with Files() as files:
+        return all(
+            gate.shape == up.shape
+            and torch.equal(*(PlainSource(info).rows(files, 0, info.shape[0]) for info in (gate, up)))
+            for gate, up in pairs
+        )

@@ -3,19 +3,19 @@
 Two layouts. "peft" is that of the experts as transformers 5 has them, stacked, each weight a parameter of one module
 (`target_parameters`, peft.tuners.lora.layer.ParamWrapper of PEFT 0.21): of E experts with rank r, A is (r * E, in) with
 the expert slowest, B (out, r * E) with the expert fastest. The wrapper of the second parameter is around that of the
-first, which is therefore found under `base_layer`. "peft-per-expert" has a pair for every linear of every expert.
+first, which is then found under `base_layer`. "peft-per-expert" has a pair for every linear of every expert.
 
 Shape suffixes: E experts, r rank, D model dim, H hidden dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.family import Family
-from titanmoe.models.keys import Axes, Rule
+from titanmoe.models.keys import Axes, Piece, Rule, pieces_of
 
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
@@ -23,6 +23,7 @@ A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 # PEFT takes a stacked weight as (E, out, in) unless its module has `is_transposed`. In transformers 5, the experts of
 # this family are (E, in, out) and do not say so: PEFT exchanges inputs and outputs.
 _TRANSPOSED_UNSAID = ("llama4",)
+_INNER = ".base_layer"
 _STACKED_ENDINGS = {"gate_up": ".gate_up_proj", "down": ".down_proj"}
 
 
@@ -57,9 +58,9 @@ def stacked_rules(family: Family) -> Iterator[Rule]:
             # What PEFT calls the first multiplies the outputs.
             inputs, their_outputs, first, second = their_outputs, inputs, second, first
         module = PREFIX + rule.file_pattern.removesuffix(_STACKED_ENDINGS[name])
-        module += ".base_layer." if name == "gate_up" else "."
-        yield Rule(module + A, first[1], axes=Axes(f"(e r) {inputs}", first[0]))
-        yield Rule(module + B, second[1], axes=Axes(f"{their_outputs} (r e)", second[0]))
+        module += _INNER if name == "gate_up" else ""
+        yield Rule(f"{module}.{A}", first[1], axes=Axes(f"(e r) {inputs}", first[0]))
+        yield Rule(f"{module}.{B}", second[1], axes=Axes(f"{their_outputs} (r e)", second[0]))
 
 
 def per_expert_rules(family: Family) -> Iterator[Rule]:
@@ -80,6 +81,20 @@ def stacked_parameter(family: Family, name: str) -> str:
     "mlp.experts.gate_up_proj"; "" if it has none."""
     rule = _stacked_rule(family, name)
     return "" if rule is None else rule.file_pattern.partition("{i}.")[2]
+
+
+def pieces_by_name(rules: Sequence[Rule], shapes: Mapping[str, Sequence[int]]) -> dict[str, list[Piece]]:
+    """The file tensors of each of a model's adapter parameters; none for those that the layout has no place for.
+
+    Gate and up of stacked experts are a `base_layer` only where down has an adapter, too.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        pieces = pieces_of(rules, name, shape)
+        if name.replace("gate_up_lora_", "down_lora_") not in shapes:
+            pieces = [replace(piece, file_key=piece.file_key.replace(_INNER, "")) for piece in pieces]
+        found[name] = pieces
+    return found
 
 
 def layouts(family: Family) -> dict[str, list[Rule]]:

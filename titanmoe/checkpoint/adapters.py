@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from titanmoe.checkpoint.adapter_config import PER_EXPERT, AdapterSettings, adapter_config
 from titanmoe.checkpoint.adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterFolder
-from titanmoe.checkpoint.adapter_names import rules_of
+from titanmoe.checkpoint.adapter_names import pieces_by_name, rules_of
 from titanmoe.checkpoint.files import sync_folder
 from titanmoe.checkpoint.gather import gather_each
 from titanmoe.checkpoint.hf_entries import Entry
@@ -28,7 +28,6 @@ from titanmoe.config.errors import ConfigError
 from titanmoe.models.adapters import is_adapter
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.family import Family
-from titanmoe.models.keys import pieces_of
 from titanmoe.ops.sharding import local_box, local_tensor
 from titanmoe.training.errors import NotExportedError
 
@@ -59,6 +58,7 @@ def save_adapter(
     base: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    compare: Callable[[Path], str] | None = None,
 ) -> AdapterSummary:
     """Write a model's adapters so that PEFT ("peft") or a server that takes a pair for every expert loads them.
 
@@ -70,6 +70,7 @@ def save_adapter(
         layout: "peft" or "peft-per-expert"; see `adapter_names`.
         base: the base model's folder or name, which readers may look up.
         verify: read everything back and compare it with the model before the folder is in its place.
+        compare: also says what is wrong with the folder, "" if nothing; it may change the model. One process only.
 
     Raises:
         ConfigError: the model has no adapters; no such layout for the family; DoRA, which PEFT does not have for
@@ -100,7 +101,8 @@ def save_adapter(
         _write(tensors, entries, temporary / WEIGHTS_NAME if writes else None, settings, layout)
 
     def difference() -> str:
-        return _difference(tensors, shapes, temporary if writes else None, family, settings)
+        found = _difference(tensors, shapes, temporary if writes else None, family, settings)
+        return found or ("" if compare is None else compare(temporary))
 
     try:
         ranks.on_all(prepare)
@@ -127,7 +129,9 @@ def save_adapter(
     return summary
 
 
-def load_adapter(model: Decoder, folder: str | Path, family: Family, settings: AdapterSettings) -> None:
+def load_adapter(
+    model: Decoder, folder: str | Path, family: Family, settings: AdapterSettings, *, tells: bool = True
+) -> None:
     """Fill the adapters of a model from a folder that PEFT or `save_adapter` wrote, in either layout.
 
     The model then computes what the folder's adapter does on its base. Where the files have a smaller rank than the
@@ -145,6 +149,8 @@ def load_adapter(model: Decoder, folder: str | Path, family: Family, settings: A
 
     def load() -> None:
         found = AdapterFolder(folder, family, shapes, settings)
+        if tells and ranks.rank == 0:
+            found.log_changes()
         with Files() as files:
             for name, tensor in tensors.items():
                 box, local = local_box(tensor), local_tensor(tensor.detach())
@@ -153,20 +159,8 @@ def load_adapter(model: Decoder, folder: str | Path, family: Family, settings: A
                 local.copy_(torch.where(values.isnan(), local, values))
 
     ranks.on_each(load)
-    ranks.log(logging.INFO, "loaded the adapter of %s: %d parameters", folder, len(shapes))
-
-
-def statistics(tensors: Mapping[str, Tensor]) -> list[str]:
-    """A line for each adapter's parameter: shape, mean, standard deviation, least, quartiles, greatest."""
-    titles = " ".join(f"{title:>10}" for title in ("mean", "std", "min", "25%", "50%", "75%", "max"))
-    lines = [f"{'parameter':<52} {'shape':<18} {titles}"]
-    for name, tensor in tensors.items():
-        values = local_tensor(tensor.detach()).float().flatten().sort().values
-        places = [round(part * (len(values) - 1)) for part in (0, 0.25, 0.5, 0.75, 1)]
-        figures = [values.mean(), values.std(correction=0), *values[places]]
-        shape = " x ".join(map(str, tensor.shape))
-        lines.append(f"{name:<52} {shape:<18} " + " ".join(f"{figure.item():>10.3g}" for figure in figures))
-    return lines
+    if tells:
+        ranks.log(logging.INFO, "loaded the adapter of %s: %d parameters", folder, len(shapes))
 
 
 def _entries(tensors: Mapping[str, Tensor], family: Family, layout: str) -> list[Entry]:
@@ -175,20 +169,32 @@ def _entries(tensors: Mapping[str, Tensor], family: Family, layout: str) -> list
     Raises:
         ConfigError: there is no place for a tensor.
     """
-    rules = rules_of(family, layout)
+    by_name = pieces_by_name(rules_of(family, layout), {name: tensor.shape for name, tensor in tensors.items()})
     entries = []
-    for name, tensor in tensors.items():
-        pieces = pieces_of(rules, name, tensor.shape)
+    for name, pieces in by_name.items():
+        tensor = tensors[name]
         if not pieces and name.endswith("magnitude") and layout == "peft":
             raise ConfigError(
                 "PEFT has no DoRA for stacked experts",
                 where=name,
                 mend=f"Merge it into the weights (--merge), or choose --format {PER_EXPERT}.",
             )
+        if layout == PER_EXPERT and _other_weight(name) not in tensors:
+            raise ConfigError(
+                "other weights of the same experts have no adapter, and those who read this layout want them to",
+                where=name,
+                mend="Choose --format peft, or merge it into the weights (--merge).",
+            )
         if not pieces:
             raise ConfigError(f"files of family {family.name!r} have no place for it", where=name)
         entries += [Entry(piece.file_key, name, piece, tensor.dtype, piece.shape(tensor.shape)) for piece in pieces]
     return entries
+
+
+def _other_weight(name: str) -> str:
+    """The name that an adapter's parameter has for the other weight of experts; its own if there is none."""
+    swapped = {"gate_up_lora_": "down_lora_", "down_lora_": "gate_up_lora_"}
+    return next((name.replace(*pair) for pair in swapped.items() if f".{pair[0]}" in name), name)
 
 
 def _write(

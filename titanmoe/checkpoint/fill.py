@@ -7,7 +7,7 @@ memory that it fills.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -58,23 +58,23 @@ class Region:
         max_rows = max(1, _CHUNK_BYTES // (value_bytes * num_columns))
         # How many rows one step along each of the row dims is.
         strides = [prod(self.sizes[dim + 1 : self.num_row_dims]) for dim in range(self.num_row_dims)]
-
-        def split(into: Tensor, row: int, dim: int) -> Iterator[_Chunk]:
-            """`into` begins at `row`; its dims before `dim` are of size 1."""
-            if dim == self.num_row_dims:
-                yield _Chunk(self, into, row, 1)
-                return
-            is_dense = into.shape[dim + 1 : self.num_row_dims] == self.sizes[dim + 1 : self.num_row_dims]
-            step = max_rows // strides[dim] if is_dense else 0
-            for begin in range(0, into.shape[dim], step or 1):
-                part = into.narrow(dim, begin, min(step or 1, into.shape[dim] - begin))
-                if step:
-                    yield _Chunk(self, part, row + begin * strides[dim], part.shape[dim] * strides[dim])
-                else:
-                    yield from split(part, row + begin * strides[dim], dim + 1)
-
         if self.into.numel():
-            yield from split(self.into, sum(map(int.__mul__, self.offsets, strides)), 0)
+            yield from self._split(self.into, sum(map(int.__mul__, self.offsets, strides)), strides, max_rows)
+
+    # No function within `chunks`: one that calls itself would keep what it refers to until garbage is collected.
+    def _split(self, into: Tensor, row: int, strides: Sequence[int], max_rows: int, dim: int = 0) -> Iterator[_Chunk]:
+        """`into` begins at `row`; its dims before `dim` are of size 1."""
+        if dim == self.num_row_dims:
+            yield _Chunk(self, into, row, 1)
+            return
+        is_dense = into.shape[dim + 1 : self.num_row_dims] == self.sizes[dim + 1 : self.num_row_dims]
+        step = max_rows // strides[dim] if is_dense else 0
+        for begin in range(0, into.shape[dim], step or 1):
+            part = into.narrow(dim, begin, min(step or 1, into.shape[dim] - begin))
+            if step:
+                yield _Chunk(self, part, row + begin * strides[dim], part.shape[dim] * strides[dim])
+            else:
+                yield from self._split(part, row + begin * strides[dim], strides, max_rows, dim + 1)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Shape suffixes: R rows, C columns of a matrix.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from titanmoe.checkpoint.fill import Region
+from titanmoe.checkpoint.hf_folder import describe_keys
 from titanmoe.checkpoint.model_tensors import without_wrappers
 from titanmoe.checkpoint.quantized_rows import QuantizedSource
 from titanmoe.checkpoint.row_source import Files, RowSource
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.keys import Piece
-from titanmoe.ops.frozen_formats import Float8Block, Float8Channel
 from titanmoe.ops.frozen_storage import Stored
 from titanmoe.ops.scaled_casts import BLOCK_SIZE
+from titanmoe.parallel.ranks import Ranks
 
 Rows = tuple[tuple[int, ...], slice]
 """A matrix of a weight, by its leading indices, and rows of it."""
@@ -36,6 +38,33 @@ def stored_weights(model: nn.Module) -> dict[str, tuple[nn.Module, Stored]]:
         without_wrappers(f"{path}.{stored.name}"): (module, stored)
         for path, module in model.named_modules()
         for stored in getattr(module, "stored", {}).values()
+    }
+
+
+def stored_of_all(model: nn.Module, ranks: Ranks) -> dict[str, Stored]:
+    """Of the weights that any rank has stored as parts, by name; every rank must call it."""
+    mine = {name: stored for name, (_, stored) in stored_weights(model).items()}
+    return {name: stored for of_rank in ranks.gather(mine) for name, stored in of_rank.items()}
+
+
+def weights_of_parts(stored: Mapping[str, Stored]) -> dict[str, str]:
+    """The weight that each part belongs to, by names."""
+    return {f"{name.rpartition('.')[0]}.{part}": name for name in stored for part in stored[name].part_names}
+
+
+def as_weights(tensors: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """A model's tensors on the meta device, with stored weights in the place of their parts.
+
+    These have the dtype of the first other tensor, which is an embedding if the model is whole.
+    """
+    weight_of = weights_of_parts(stored)
+    dtype = next((tensor.dtype for name, tensor in tensors.items() if name not in weight_of), None)
+    names = dict.fromkeys(weight_of.get(name, name) for name in tensors)
+    return {
+        name: nn.Parameter(torch.empty(stored[name].shape, dtype=dtype, device="meta"))
+        if name in stored
+        else tensors[name]
+        for name in names
     }
 
 
@@ -81,19 +110,23 @@ class FrozenRegion:
         return self.piece.axes is None or self.piece.axes.order[-1] == len(self.sizes) - 1
 
     @cached_property
-    def is_taken_as_it_is(self) -> bool:
-        source, format = self.source, self.stored.format
+    def recipe(self) -> str:
+        """That of `quantize.frozen.float8` with which the file tensor is taken as it is; "" if there is none."""
+        source, (num_rows, num_columns) = self.source, self.sizes[-2:]
         in_order = self.piece.axes is None or (
             self.piece.axes.order == tuple(range(len(self.sizes))) and len(self.piece.axes.groups[-1]) == 1
         )
         if not isinstance(source, QuantizedSource) or source.info.dtype != "F8_E4M3" or not in_order:
-            return False
-        num_rows, num_columns = self.sizes[-2:]
+            return ""
         grid = source.grid
-        if isinstance(format, Float8Channel):
-            return grid.block_rows == 1 and grid.block_columns >= num_columns
+        if grid.block_rows == 1 and grid.block_columns >= num_columns:
+            return "channel"
         fits = grid.matrix_rows == num_rows or (grid.matrix_rows % num_rows == 0 and num_rows % BLOCK_SIZE == 0)
-        return isinstance(format, Float8Block) and (grid.block_rows, grid.block_columns) == (BLOCK_SIZE,) * 2 and fits
+        return "block" if (grid.block_rows, grid.block_columns) == (BLOCK_SIZE,) * 2 and fits else ""
+
+    @property
+    def is_taken_as_it_is(self) -> bool:
+        return self.stored.format.name == f"float8-{self.recipe}"
 
     @property
     def num_bytes(self) -> int:
@@ -174,7 +207,14 @@ class _Chunk:
 
 
 def describe(regions: Iterable[FrozenRegion]) -> str:
-    """How many weights of the files are taken as they are, and how many are quantised."""
+    """How many weights of the files are taken as they are, and which are quantised."""
     regions = list(regions)
-    num_taken = sum(region.is_taken_as_it_is for region in regions)
-    return f"Frozen weights: {num_taken} tensors taken as they are, {len(regions) - num_taken} quantised while read"
+    keys = [region.source.info.key for region in regions if not region.is_taken_as_it_is]
+    line = f"Frozen weights: {len(regions) - len(keys)} tensors taken as they are, {len(keys)} quantised while read"
+    if 0 < len(keys) < len(regions):
+        line += f": {describe_keys(keys)} (filter_fqns of the converter leaves them as they are)"
+    is_float8 = (region for region in regions if region.stored.format.name.startswith("float8-"))
+    others = Counter(region.recipe for region in is_float8 if region.recipe and not region.is_taken_as_it_is)
+    for recipe, count in others.items():
+        line += f'; with quantize.frozen.float8.recipe_name = "{recipe}", {count} would be taken as they are'
+    return line

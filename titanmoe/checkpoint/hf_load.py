@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from titanmoe.checkpoint.fill import Fillable, Region, fill
-from titanmoe.checkpoint.frozen_rows import FrozenRegion, describe, frozen_regions, stored_weights
+from titanmoe.checkpoint.frozen_rows import (
+    FrozenRegion,
+    as_weights,
+    describe,
+    frozen_regions,
+    stored_of_all,
+    stored_weights,
+)
 from titanmoe.checkpoint.hf_folder import describe_keys, list_tensors, require_folder
 from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all, without_adapters
 from titanmoe.checkpoint.progress import log_progress
@@ -38,7 +45,6 @@ from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.frozen_storage import Stored
 from titanmoe.ops.sharding import local_box, local_tensor
 from titanmoe.parallel.host_memory import prefer_huge_pages
-from titanmoe.parallel.ranks import Ranks
 
 logger = logging.getLogger("titanmoe.checkpoint")
 
@@ -92,26 +98,12 @@ def load_hf_weights(
     tensors, stored = without_adapters(model_tensors(model)), stored_weights(model)
     assert not any(tensor.is_meta for tensor in tensors.values()), "materialise the model before loading it"
     ranks = ranks_sharing(tensors.values())
-    of_all = _with_weights(tensors_of_all(tensors, ranks), stored, ranks)
+    of_all = as_weights(tensors_of_all(tensors, ranks), stored_of_all(model, ranks))
     plan = ranks.on_each(lambda: _plan(tensors, stored, of_all, require_folder(folder), family, model.spec))
     report = on_progress or partial(log_progress(), "read")
     # Ranks of one machine may read the same rows, the second time from the cache; one rank reads them once.
     files = Files(fill_cache=ranks.size > 1)
     return ranks.on_each(lambda: _read(plan, tensors, folder, files, report))
-
-
-def _with_weights(
-    of_all: Mapping[str, Tensor], stored: Mapping[str, tuple[nn.Module, Stored]], ranks: Ranks
-) -> dict[str, Tensor]:
-    """The tensors with those weights in the place of their parts that are stored so on any rank."""
-    mine = {name: (weight.shape, weight.part_names) for name, (_, weight) in stored.items()}
-    weights = {name: kind for of_rank in ranks.gather(mine) for name, kind in of_rank.items()}
-    parts = {f"{name.rpartition('.')[0]}.{part}": name for name, (_, parts) in weights.items() for part in parts}
-    tensors = dict.fromkeys(parts.get(name, name) for name in of_all)
-    return {
-        name: nn.Parameter(torch.empty(weights[name][0], device="meta")) if name in weights else of_all[name]
-        for name in tensors
-    }
 
 
 def _plan(

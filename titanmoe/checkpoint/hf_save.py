@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from titanmoe.checkpoint.adapter_config import AdapterSettings
 from titanmoe.checkpoint.files import sync_folder
-from titanmoe.checkpoint.gather import gather_each
+from titanmoe.checkpoint.frozen_rows import as_weights, stored_of_all
 from titanmoe.checkpoint.hf_entries import Entry, config_entries, entries_of, main_dtype_name, split_into_shards
 from titanmoe.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, describe_keys, require_folder
 from titanmoe.checkpoint.hf_target import check_target, copy_generation_config, copy_tokenizer, take_place, write_json
 from titanmoe.checkpoint.hf_verify import find_difference
-from titanmoe.checkpoint.merge import check_mergeable, merged_each
+from titanmoe.checkpoint.merge import check_mergeable, weights_each
 from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all, without_adapters
 from titanmoe.checkpoint.progress import Progress, log_progress
 from titanmoe.checkpoint.safetensors_io import TensorWriter
@@ -76,7 +76,8 @@ def save_hf(
 
     If the model is sharded, every rank must call this: each parameter is gathered on rank 0 in turn, which writes.
     Not every rank must have all of them. Beyond the model, one whole parameter is in rank 0's memory, and some rows of
-    it as the file has them. Of ranks with a whole model each, rank 0 writes.
+    it as the file has them. Of ranks with a whole model each, rank 0 writes. Weights that are frozen in few bits are
+    written as the numbers that they stand for.
 
     Args:
         folder: is created. If it exists and holds anything, that is an error unless `overwrite` is set; and then it
@@ -105,12 +106,12 @@ def save_hf(
     target = Path(folder).expanduser().resolve()
     tensors = model_tensors(model)
     ranks = ranks_sharing(tensors.values())
-    of_all = tensors_of_all(tensors, ranks)
-    each = partial(gather_each, tensors, ranks)
+    stored = stored_of_all(model, ranks)
+    of_all = as_weights(tensors_of_all(tensors, ranks), stored)
+    each = partial(weights_each, tensors, stored, adapters, ranks)
     if adapters is not None:
         check_mergeable(of_all)
-        each = partial(merged_each, tensors, adapters, ranks)
-        of_all, tensors = without_adapters(of_all), without_adapters(tensors)
+        of_all = without_adapters(of_all)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
     new_parents = [parent for parent in target.parents if not parent.exists()]
@@ -138,7 +139,7 @@ def save_hf(
 
     def difference() -> str:
         folder = temporary if writes else None
-        found = find_difference(folder, tensors, family, spec, entries, ranks, report, each())
+        found = find_difference(folder, of_all, family, spec, entries, ranks, report, each())
         return found or ("" if compare is None else compare(temporary))
 
     try:

@@ -47,7 +47,7 @@ def find_difference(
 
     Args:
         folder: on rank 0, which compares; None on others, which only take part in gathering sharded parameters.
-        tensors: what this rank has of the model.
+        tensors: what this rank has of the model, or all of it on the meta device.
         meant: what was to be written.
         ranks: those that share the model.
         on_progress: called after each file tensor.

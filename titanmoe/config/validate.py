@@ -14,7 +14,6 @@ from titanmoe.config.job_config import JobConfig
 from titanmoe.config.pipeline import check_pipeline
 from titanmoe.config.sections.checkpoint import Checkpoint
 from titanmoe.config.sections.learning import EMBEDDED_DATASETS, DataLoader, Training, Validation
-from titanmoe.config.sections.lora import SCALED, LoRA
 from titanmoe.config.sections.machine import ActivationCheckpoint, Compile
 from titanmoe.config.sections.model import Model
 from titanmoe.config.sections.quantize import CONVERTERS
@@ -95,7 +94,7 @@ def check_converters(names: Sequence[str], config: JobConfig, known: Collection[
         if name not in CONVERTERS:
             continue
         if name == "lora":
-            _check_lora(config.lora, names[names.index(name) + 1 :])
+            _check_lora(config, names[names.index(name) + 1 :])
             continue
         section: Any = reduce(getattr, name.split("."), config)
         if getattr(section, "emulate", False) and section.backend not in ("auto", "emulated"):
@@ -112,7 +111,7 @@ def check_converters(names: Sequence[str], config: JobConfig, known: Collection[
             )
 
 
-def _check_lora(lora: LoRA, later: Sequence[str]) -> None:
+def _check_lora(config: JobConfig, later: Sequence[str]) -> None:
     """
     Args:
         later: names of the converters that come after this one.
@@ -123,11 +122,12 @@ def _check_lora(lora: LoRA, later: Sequence[str]) -> None:
             where="model.converters",
             mend='Name "lora" last: adapters are added to quantised weights.',
         )
-    rank = lora.expert_rank
-    if rank != SCALED and not (rank.isascii() and rank.isdigit() and int(rank) >= 1):
+    checkpointing = config.activation_checkpoint
+    if config.lora.dropout and checkpointing.mode != "none" and not checkpointing.preserve_rng_state:
         raise ConfigError(
-            f'"{rank}" was given, but it must be "{SCALED}" or a whole number of at least 1, in quotes',
-            where="lora.expert_rank",
+            f"is {config.lora.dropout:g}, and layers that are recomputed would drop other inputs the second time",
+            where="lora.dropout",
+            mend="Set activation_checkpoint.preserve_rng_state = true.",
         )
 
 
@@ -201,12 +201,6 @@ def _check_checkpoint(checkpoint: Checkpoint, model: Model) -> None:
             "needs adapters that it fills, and checkpoint.enable = true",
             where="checkpoint.initial_adapter_path",
             mend='Name the converter "lora" in model.converters.',
-        )
-    if checkpoint.last_save_in_hf and any(name.startswith("quantize.frozen.") for name in model.converters):
-        raise ConfigError(
-            "the model in memory is quantised; merging adapters begins with the weights that it was made of",
-            where="checkpoint.last_save_in_hf",
-            mend="Set it to false, and merge with `titanmoe export --merge` after the run.",
         )
     if checkpoint.last_save_in_hf and (not checkpoint.enable or checkpoint.load_only):
         reason = "checkpoint.load_only is on" if checkpoint.enable else "checkpoint.enable is off"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import re
@@ -56,7 +57,7 @@ def parse_text(text: str, key: Key, where: str) -> Any:
         return _parse_list(text, where)
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if kind in (int, float):
+    if {int, float} & {kind, *_alternatives(kind)}:
         return _parse_number(text)
     return text
 
@@ -77,17 +78,22 @@ def to_toml_value(value: Any) -> str:
 
 
 def split_optional(kind: Any) -> tuple[Any, bool]:
-    """`X | None` -> (X, True); X -> (X, False)."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        (inner,) = (arg for arg in typing.get_args(kind) if arg is not type(None))
-        return inner, True
-    return kind, False
+    """`X | None` -> (X, True); X -> (X, False). X may have alternatives."""
+    inner = tuple(arg for arg in _alternatives(kind) if arg is not type(None))
+    return (typing.Union[inner], True) if len(inner) < len(_alternatives(kind)) else (kind, False)  # noqa: UP007
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Of a union; () of anything else."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else ()
 
 
 def describe_kind(kind: Any) -> str:
     """The type of a key in words."""
     kind, optional = split_optional(kind)
-    if typing.get_origin(kind) is Literal:
+    if _alternatives(kind):
+        text = " or ".join(describe_kind(alternative).removeprefix("one of ") for alternative in _alternatives(kind))
+    elif typing.get_origin(kind) is Literal:
         text = "one of " + ", ".join(to_toml_value(choice) for choice in typing.get_args(kind))
     elif typing.get_origin(kind) is tuple:
         entry = typing.get_args(kind)[0]
@@ -114,6 +120,9 @@ def _convert(value: Any, kind: Any) -> Any:
     kind, optional = split_optional(kind)
     if optional and _is_none(value):
         return None
+    for alternative in _alternatives(kind):
+        with contextlib.suppress(_Mismatch):
+            return _convert(value, alternative)
     origin = typing.get_origin(kind)
     if origin is Literal:
         matches = isinstance(value, str) and value in typing.get_args(kind)
@@ -126,8 +135,8 @@ def _convert(value: Any, kind: Any) -> Any:
     elif kind is int:
         matches = isinstance(value, int) and not isinstance(value, bool)
     else:
-        assert kind in (bool, str, float), kind
-        matches = isinstance(value, kind)
+        assert kind in (bool, str, float) or _alternatives(kind), kind
+        matches = kind in (bool, str) and isinstance(value, kind)
     if not matches:
         raise _Mismatch
     return value

@@ -75,7 +75,8 @@ def convert(
         choices.append((converter, chosen))
         summary.append(line)
     for converter, chosen in choices:
-        quantize_(model, converter, filter_fn=lambda _, path, chosen=chosen: path in chosen)
+        for part, paths in converter.parts(chosen):
+            quantize_(model, part, filter_fn=lambda _, path, paths=paths: path in paths)
         converter.finish(model)
     return Conversion(tuple(rows[path] for path in modules if path in rows), tuple(summary))
 
@@ -112,6 +113,7 @@ def _choose(
             where="quantize.strict",
             mend="Set it to false to accept this, or leave those out in the converter's settings.",
         )
+    results = {path: part.result for part, paths in converter.parts(chosen) for path in paths}
     for path in candidates:
         row = rows.get(path, Row(path, ""))
         if path in chosen and row.now and not converter.goes_on_top:
@@ -121,12 +123,12 @@ def _choose(
                 mend="Name in the settings of each converter what is for it.",
             )
         if path in chosen:
-            now = f"{row.now} + {converter.result}" if row.now else converter.result
-            rows[path] = replace(row, now=now, backend=row.backend or converter.backend_name, why="")
+            now = f"{row.now} + {results[path]}" if row.now else results[path]
+            rows[path] = replace(row, now=now, backend=row.backend or converter.backend_of(modules[path]), why="")
         elif not row.now:
             rows[path] = replace(row, why=unwanted.get(path) or misfits[path])
-    changed = [module for path, module in candidates.items() if path in chosen]
-    line = f"{converter.name}: {len(chosen)} of {len(candidates)} {converter.modules}{converter.describe(changed)}"
+    described = converter.describe([path for path in candidates if path in chosen], modules)
+    line = f"{converter.name}: {len(chosen)} of {len(candidates)} {converter.modules}{described}"
     return chosen, f"{line}; {told}" if told else line
 
 

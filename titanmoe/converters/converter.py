@@ -9,7 +9,7 @@ example is in docs/low_precision.md.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import ClassVar, TypeVar
 
 import torch
@@ -74,12 +74,22 @@ class Converter(AOBaseConfig):
         """What computes, where there is a choice."""
         return ""
 
-    def describe(self, changed: Sequence[nn.Module]) -> str:
-        """What these modules become, for the line that says how many of them there are: " in MXFP8", say.
+    def backend_of(self, module: nn.Module) -> str:
+        """The same for one module, where it is not that of all."""
+        return self.backend_name
 
-        They are of the whole model, and as they were.
+    def describe(self, paths: Collection[str], modules: Mapping[str, nn.Module]) -> str:
+        """What modules become, for the line that says how many of them there are: " in MXFP8", say.
+
+        Args:
+            paths: theirs.
+            modules: all of the whole model, by path, as they were.
         """
         return ""
+
+    def parts(self, paths: Collection[str]) -> Iterable[tuple[Converter, Collection[str]]]:
+        """What the modules at these paths are changed by: converters like this one, and the paths for each."""
+        yield self, paths
 
     def finish(self, model: Decoder) -> None:
         """What is to be done to a model, or a part of one, when all of its modules are changed."""

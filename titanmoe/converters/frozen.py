@@ -7,8 +7,8 @@ are bytes and require no gradient. A model that has values is quantised in place
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from titanmoe.converters.converter import Converter, converter
 from titanmoe.converters.patterns import check_each_matches, first_match
 from titanmoe.models.linear import Linear
 from titanmoe.models.moe.experts import Experts
+from titanmoe.ops.backends import Kind, NoBackendError
 from titanmoe.ops.float8 import BLOCK
-from titanmoe.ops.frozen import FrozenGroupedProduct, FrozenLinearProduct, FrozenWeight
+from titanmoe.ops.frozen import FrozenGroupedProduct, FrozenKernels, FrozenLinearProduct, FrozenWeight
+from titanmoe.ops.frozen_backends import choose_kernels
 from titanmoe.ops.frozen_formats import MX, NF4, Float8Block, Float8Channel, Format
 from titanmoe.ops.frozen_storage import Stored
 from titanmoe.ops.grouped_mm import PlainGroupedProduct
@@ -37,8 +39,8 @@ class Frozen(Converter):
 
     modules = "linear layers and groups of experts"
 
-    fqns: tuple[str, ...] = ()
-    filter_fqns: tuple[str, ...] = ()
+    fqns: tuple[str, ...]
+    filter_fqns: tuple[str, ...]
 
     @abstractmethod
     def format(self, num_inputs: int) -> Format:
@@ -74,17 +76,21 @@ class Frozen(Converter):
     def result(self) -> str:
         return "frozen " + self.name.rpartition(".")[2].upper().replace("FLOAT8", "FP8").replace("MX", "MXFP8")
 
-    @property
-    def backend_name(self) -> str:
-        return "dequantised in pieces"
+    def kernels(self, module: nn.Module) -> FrozenKernels | None:
+        """What multiplies with the weights of a module as they are stored; None if they are dequantised."""
+        return None
+
+    def backend_of(self, module: nn.Module) -> str:
+        kernels = self.kernels(module)
+        return "dequantised in pieces" if kernels is None else kernels.name
 
     @property
     @abstractmethod
     def scales(self) -> str:
         """How many scales there are, for people."""
 
-    def describe(self, changed: Sequence[nn.Module]) -> str:
-        stored = [self._stored(module, name) for module in changed for name in _weights(module)]
+    def describe(self, paths: Collection[str], modules: Mapping[str, nn.Module]) -> str:
+        stored = [self._stored(modules[path], name) for path in paths for name in _weights(modules[path])]
         num_values = sum(weight.numel for weight in stored)
         bits = 8 * sum(weight.num_bytes for weight in stored) / num_values
         return f" become {self.result} ({self.scales}): {num_values:,} values of {bits:.2f} bits"
@@ -99,14 +105,20 @@ class Frozen(Converter):
 class FrozenFloat8(Frozen):
     """Attributes:
     recipe: "channel" or "block".
+    backend: as in the job config.
+    device: where the model will compute.
+    choices: what `choose_kernels` has said so far, when it was needed.
     """
 
-    recipe: str = "channel"
+    recipe: str
+    backend: str
+    device: torch.device
+    choices: dict[Kind, tuple[FrozenKernels | None, str]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def from_job(cls, config: JobConfig, device: torch.device) -> FrozenFloat8:
         section = config.quantize.frozen.float8
-        return cls(section.fqns, section.filter_fqns, section.recipe_name)
+        return cls(section.fqns, section.filter_fqns, section.recipe_name, section.backend, device)
 
     def format(self, num_inputs: int) -> Format:
         return Float8Channel() if self.recipe == "channel" else Float8Block()
@@ -114,6 +126,37 @@ class FrozenFloat8(Frozen):
     @property
     def scales(self) -> str:
         return "a scale per output" if self.recipe == "channel" else "a scale per 128 x 128 values"
+
+    def kernels(self, module: nn.Module) -> FrozenKernels | None:
+        kernels, _ = self._choice(_kind(module))
+        sizes = (size for shape in _weights(module).values() for size in shape[-2:])
+        return None if kernels is None or any(size % kernels.feature_multiple for size in sizes) else kernels
+
+    def _choice(self, kind: Kind) -> tuple[FrozenKernels | None, str]:
+        if kind not in self.choices:
+            try:
+                self.choices[kind] = choose_kernels(kind, self.format(0).name, self.device, self.backend)
+            except NoBackendError as error:
+                raise ConfigError(
+                    str(error),
+                    where="quantize.frozen.float8.backend",
+                    mend='"auto" takes what the device has; "emulated" computes the same numbers, slowly.',
+                ) from error
+        return self.choices[kind]
+
+    def describe(self, paths: Collection[str], modules: Mapping[str, nn.Module]) -> str:
+        told = super().describe(paths, modules)
+        for kind, what in _KINDS.items():
+            changed = [modules[path] for path in paths if _kind(modules[path]) == kind]
+            if not changed:
+                continue
+            kernels, why = self._choice(kind)
+            if kernels is None:
+                told += f"; {what} dequantised{why and ', as '}{why}"
+            else:
+                num_native = sum(self.kernels(module) is not None for module in changed)
+                told += f"; {num_native} of {len(changed)} {what} multiplied as they are stored, by {kernels.name}"
+        return told
 
 
 @converter("quantize.frozen.mx")
@@ -181,16 +224,23 @@ def _freeze(module: nn.Module, config: Frozen) -> nn.Module:
             _quantize(module, stored, weight.detach())
         _describe_parts(module, stored)
     if isinstance(module, Linear):
-        module.product = FrozenLinearProduct()
+        module.product = FrozenLinearProduct(config.kernels(module))
         module.read = _read_linear
         return module
     assert isinstance(module, Experts)
     for product in ("gate_up_product", "down_product"):
         plain = getattr(module, product)
         assert isinstance(plain, PlainGroupedProduct)
-        setattr(module, product, FrozenGroupedProduct(plain.kernel))
+        setattr(module, product, FrozenGroupedProduct(plain.kernel, config.kernels(module)))
     module.read = _read_experts
     return module
+
+
+_KINDS: dict[Kind, str] = {"linear": "linear layers", "grouped_mm": "groups of experts"}
+
+
+def _kind(module: nn.Module) -> Kind:
+    return "grouped_mm" if isinstance(module, Experts) else "linear"
 
 
 def _weights(module: nn.Module) -> dict[str, tuple[int, ...]]:

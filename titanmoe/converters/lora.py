@@ -6,8 +6,8 @@ They are parameters beside those of the module, which keep their names; its prod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,8 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
-from titanmoe.config.sections.lora import SCALED
 from titanmoe.converters.converter import Converter, converter
-from titanmoe.converters.patterns import check_each_matches, first_match
+from titanmoe.converters.patterns import check_each_matches, first_match, matches
 from titanmoe.models.adapters import is_adapter, row_norms
 from titanmoe.models.build import init_adapters
 from titanmoe.models.decoder import Decoder
@@ -29,7 +28,11 @@ from titanmoe.ops.grouped_mm import Kernel
 from titanmoe.ops.low_rank import Adapted, LowRankGroupedProduct, LowRankLinearProduct
 from titanmoe.ops.sharding import local_tensor
 
+_Shapes = dict[str, tuple[tuple[int, ...], ...]]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WEIGHTS = ("gate_up", "down")
+_NAMES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+"""What patterns call the weights of experts, as files and PEFT do; gate and up are one weight here."""
 
 
 @converter("lora")
@@ -41,10 +44,12 @@ class LoRA(Converter):
     dropout: part of the inputs that adapters do not see in training.
     use_rslora: see `scale`.
     use_dora: whether the norms of rows are trained, too.
-    patterns: modules to adapt; all if there are none.
+    patterns: modules to adapt, and weights of experts; all if there are none.
     expert_rank: of each expert; None: rank // experts per token.
+    init: see `init_adapters`.
     dtype: of the adapters.
     seed: of their values, if the model has values already.
+    weights: of experts, those that are adapted.
     """
 
     modules = "linear layers and groups of experts"
@@ -57,8 +62,10 @@ class LoRA(Converter):
     use_dora: bool = False
     patterns: tuple[str, ...] = ()
     expert_rank: int | None = None
+    init: str = "kaiming"
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    weights: tuple[str, ...] = _WEIGHTS
 
     @classmethod
     def from_job(cls, config: JobConfig, device: torch.device) -> LoRA:
@@ -70,7 +77,8 @@ class LoRA(Converter):
             section.use_rslora,
             section.use_dora,
             section.target_modules,
-            None if section.expert_rank == SCALED else int(section.expert_rank),
+            None if section.expert_rank == "scaled" else section.expert_rank,
+            section.init,
             _DTYPES[section.dtype],
             config.debug.seed or 0,
         )
@@ -84,22 +92,63 @@ class LoRA(Converter):
             raise ConfigError(
                 "the model has adapters already", where="model.converters", mend="Apply it to a model without."
             )
-        check_each_matches(self.patterns, list(candidates), "lora.target_modules", self.modules)
+        self._check_patterns(candidates, modules.keys() - candidates.keys())
         for path, module in candidates.items():
             if not self.unwanted(path, module) and self.rank_of(module) < 1:
                 assert isinstance(module, Experts)
                 raise ConfigError(
                     f"an expert's rank would be rank // experts per token = {self.rank} // {module.spec.top_k} = 0",
                     where="lora.expert_rank",
-                    mend=f"Set it to a number in quotes, or lora.rank to at least {module.spec.top_k}.",
+                    mend=f"Set it to a number, or lora.rank to at least {module.spec.top_k}.",
                 )
 
+    def _check_patterns(self, candidates: Mapping[str, nn.Module], others: Collection[str]) -> None:
+        experts = [path for path, module in candidates.items() if isinstance(module, Experts)]
+        names = [path for path in candidates if path not in experts]
+        names += [f"{path}.{name}" for path in experts for name in _NAMES]
+        for pattern in self.patterns:
+            if any(matches(name, pattern) for name in names):
+                continue
+            if found := sorted(path for path in others if matches(path, pattern)):
+                raise ConfigError(
+                    f'"{pattern}" names {found[0]}, which never has an adapter',
+                    where="lora.target_modules",
+                    mend="Linear layers and experts have them; router, embedding, norms and output do not.",
+                )
+        what = "names of linear layers and weights of experts"
+        check_each_matches(self.patterns, names, "lora.target_modules", what)
+        for path in experts:
+            gate, up = (self._names(f"{path}.{name}") for name in ("gate_proj", "up_proj"))
+            if gate != up and "gate_up" not in self.weights_at(path):
+                raise ConfigError(
+                    f"{'gate_proj' if gate else 'up_proj'} of {path} is named without the other: they share an A",
+                    where="lora.target_modules",
+                    mend='Name both, or say which others are meant: "shared_experts.gate_proj", for example.',
+                )
+
+    def _names(self, path: str) -> bool:
+        return not self.patterns or first_match(path, self.patterns) is not None
+
+    def weights_at(self, path: str) -> tuple[str, ...]:
+        """Which weights are adapted of experts that have this path."""
+        has_gate_up = self._names(f"{path}.gate_up_proj") or all(
+            self._names(f"{path}.{name}") for name in ("gate_proj", "up_proj")
+        )
+        return _WEIGHTS[:1] * has_gate_up + _WEIGHTS[1:] * self._names(f"{path}.down_proj")
+
     def unwanted(self, path: str, module: nn.Module) -> str:
-        return "not in target_modules" if self.patterns and first_match(path, self.patterns) is None else ""
+        is_named = bool(self.weights_at(path)) if isinstance(module, Experts) else self._names(path)
+        return "" if is_named else "not in target_modules"
+
+    def parts(self, paths: Collection[str]) -> Iterator[tuple[LoRA, Collection[str]]]:
+        for weights in (_WEIGHTS, _WEIGHTS[:1], _WEIGHTS[1:]):
+            # A linear layer that is named has everything "in" it named, too.
+            yield replace(self, weights=weights), [path for path in paths if self.weights_at(path) == weights]
 
     @property
     def result(self) -> str:
-        return "DoRA" if self.use_dora else "LoRA"
+        kind = "DoRA" if self.use_dora else "LoRA"
+        return kind if self.weights == _WEIGHTS else f"{kind} of {self.weights[0]}_proj"
 
     def rank_of(self, module: nn.Module) -> int:
         if not isinstance(module, Experts):
@@ -119,35 +168,38 @@ class LoRA(Converter):
         """Of the parameters that a module gets, by name."""
         rank = self.rank_of(module)
         if isinstance(module, Linear):
-            shapes = {
-                "lora_a": (rank, module.in_features),
-                "lora_b": (module.out_features, rank),
-                "lora_magnitude": (module.out_features,),
-            }
+            num_in, num_out = module.in_features, module.out_features
+            shapes: _Shapes = {"lora": ((rank, num_in), (num_out, rank), (num_out,))}
         else:
             assert isinstance(module, Experts)
             num_experts, dim, hidden_dim = module.spec.num_experts, module.dim, module.spec.hidden_dim
-            shapes = {
-                "gate_up_lora_a": (num_experts, rank, dim),
-                "gate_up_lora_b": (num_experts, 2, hidden_dim, rank),
-                "gate_up_lora_magnitude": (num_experts, 2, hidden_dim),
-                "down_lora_a": (num_experts, rank, hidden_dim),
-                "down_lora_b": (num_experts, dim, rank),
-                "down_lora_magnitude": (num_experts, dim),
-            }
-        return {name: shape for name, shape in shapes.items() if self.use_dora or not name.endswith("magnitude")}
+            gate_up = (num_experts, rank, dim), (num_experts, 2, hidden_dim, rank), (num_experts, 2, hidden_dim)
+            down = (num_experts, rank, hidden_dim), (num_experts, dim, rank), (num_experts, dim)
+            shapes = {f"{weight}_lora": {"gate_up": gate_up, "down": down}[weight] for weight in self.weights}
+        return {
+            f"{weight}_{name}": shape
+            for weight, of_weight in shapes.items()
+            for name, shape in zip(("a", "b", "magnitude")[: 2 + self.use_dora], of_weight, strict=False)
+        }
 
-    def describe(self, changed: Sequence[nn.Module]) -> str:
+    def describe(self, paths: Collection[str], modules: Mapping[str, nn.Module]) -> str:
+        parts = [(part, modules[path]) for part, own in self.parts(paths) for path in own]
         ranks = dict.fromkeys(
             f"rank {self.rank_of(module)} (scale {self.scale(module):g}){' in experts' * isinstance(module, Experts)}"
-            for module in changed
+            for module in map(modules.__getitem__, paths)
         )
-        num_experts = sum(module.spec.num_experts for module in changed if isinstance(module, Experts))
-        num_linears = sum(isinstance(module, Linear) for module in changed)
-        num_parameters = sum(math.prod(shape) for module in changed for shape in self.shapes(module).values())
+        experts = [(part, module.spec.num_experts) for part, module in parts if isinstance(module, Experts)]
+        of_experts = sum(len(part.weights) * number for part, number in experts)
+        told = f"{len(parts) - len(experts) + of_experts:,} adapters"
+        if experts:
+            told += f", {of_experts:,} of them of {sum(number for _, number in experts):,} experts"
+        num_trained = sum(math.prod(shape) for part, module in parts for shape in part.shapes(module).values())
+        whole = {id(value): value.numel() for module in modules.values() for value in module.parameters(recurse=False)}
+        share = num_trained / (num_trained + sum(whole.values()))
+        kind = "DoRA" if self.use_dora else "LoRA"
         return (
-            f" get {self.result} of {' and '.join(ranks)}: {num_linears + 2 * num_experts:,} adapters, two for each of "
-            f"{num_experts:,} experts; {num_parameters:,} trainable parameters in {_name(self.dtype)}"
+            f" get {kind} of {' and '.join(ranks)}: {told}; {num_trained:,} trainable parameters in "
+            f"{str(self.dtype).removeprefix('torch.')}, {share:.2%} of all"
         )
 
     def finish(self, model: Decoder) -> None:
@@ -161,25 +213,22 @@ class LoRA(Converter):
                     magnitude.data.copy_(norms.view_as(magnitude))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @register_quantize_module_handler(LoRA)
 def _adapt(module: nn.Module, config: LoRA) -> nn.Module:
     device = next(module.parameters()).device
     for name, shape in config.shapes(module).items():
         module.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=config.dtype, device=device)))
+    assert isinstance(module, (Linear, Experts))
+    module.adapter_init = config.init
     scale = config.scale(module)
     if isinstance(module, Linear):
         module.feature_dims |= {"lora_a": (None, 1), "lora_b": (0, None), "lora_magnitude": (0, None)}
         module.product = LowRankLinearProduct(module.product, scale)
         module.read = partial(_read_linear, module.read, config.dropout)
         return module
-    assert isinstance(module, Experts)
     module.hidden_dims |= {"gate_up_lora_a": None, "gate_up_lora_b": 2, "gate_up_lora_magnitude": 2}
     module.hidden_dims |= {"down_lora_a": 2, "down_lora_b": None, "down_lora_magnitude": None}
-    for name in ("gate_up_product", "down_product"):
+    for name in (f"{weight}_product" for weight in config.weights):
         base = getattr(module, name)
         kernel: Kernel = getattr(getattr(base, "plain", base), "kernel", "auto")  # of products in training.dtype
         setattr(module, name, LowRankGroupedProduct(base, scale, kernel))
@@ -201,7 +250,9 @@ def _read_linear(read: Any, dropout: float, module: Linear) -> Adapted:
     )
 
 
-def _read_experts(read: Any, dropout: float, module: Experts, name: str) -> Adapted:
+def _read_experts(read: Any, dropout: float, module: Experts, name: str) -> Any:
+    if not hasattr(module, f"{name}_lora_a"):
+        return read(module, name)
     magnitude = getattr(module, f"{name}_lora_magnitude", None)
     return Adapted(
         read(module, name),

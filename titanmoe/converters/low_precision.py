@@ -6,7 +6,7 @@ They put another product in the place of the one that a module has. Weights, and
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -79,7 +79,7 @@ class LowPrecision(Converter):
     def features(self, module: nn.Module) -> tuple[int, int]:
         """How many outputs and inputs."""
 
-    def describe(self, changed: Sequence[nn.Module]) -> str:
+    def describe(self, paths: Collection[str], modules: Mapping[str, nn.Module]) -> str:
         shared_by = {"tensor": "tensor", "row": "row", "block": f"{BLOCK} values"}[self.scaling.shared_by]
         rounding = " rounded down" if self.scaling.rounding == "down" else ""
         gradient = "" if self.rounds_weight_gradient else ", gradients of weights unrounded"

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Sequence
 
 from titanmoe.config.errors import ConfigError
 
-_TORCHTITAN = {
+_ELSEWHERE = {
     **{"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"},
     **{"wq_a": "q_a_proj", "wq_b": "q_b_proj", "wkv_a": "kv_a_proj", "wkv_b": "kv_b_proj"},
     **{"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+    **{"self_attn": "attention", "mlp": "moe"},
 }
-"""What modules are called there, and here."""
+"""What modules are called in torchtitan and transformers, and here."""
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -51,8 +52,8 @@ def check_each_matches(patterns: Sequence[str], paths: Sequence[str], where: str
 
 
 def _suggest(pattern: str, paths: Sequence[str]) -> str:
-    """The name that torchtitan's became here, or else the nearest run of as many segments."""
-    renamed = ".".join(_TORCHTITAN.get(segment, segment) for segment in pattern.split("."))
+    """The name that another's became here, or else the nearest run of as many segments."""
+    renamed = ".".join(_ELSEWHERE.get(segment, segment) for segment in pattern.split("."))
     length = pattern.count(".") + 1
     runs = dict.fromkeys(
         ".".join(segments[start : start + length])

@@ -82,10 +82,11 @@ class ChatTemplate:
         """The text of a conversation, in which what the assistant's turns wrote is supervised.
 
         With generation blocks that is what they hold. Without, a turn is what it adds to the text of the messages
-        before it and the prompt to go on, to the end of its last special token.
+        before it and the prompt to go on, to the end of its last special token. Where others follow, a template may
+        leave out how it began, its thoughts: then it is the rest, which must end as the turn does by itself.
 
         Raises:
-            ConfigError: as `render`; or a turn changes the text before it, so that what it adds is not known.
+            ConfigError: as `render`; or a turn changes otherwise, so that what it adds is not known.
         """
         if self.has_blocks:
             return self._read_blocks(self._render(messages, False))
@@ -94,16 +95,33 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 begin = self.render(messages[:index], add_generation_prompt=True)
-                end = self.render(messages[: index + 1])
-                if not (text.startswith(end) and end.startswith(begin) and len(begin) < len(end)):
+                alone = self.render(messages[: index + 1])
+                end = self._find_end(text, begin, alone)
+                if end is None:
                     raise ConfigError(
                         f"the chat template {self.name} writes messages[:{index + 1}] otherwise when others follow, or "
                         "after its own generation prompt: what the assistant wrote cannot be told from the text",
                         mend="Put {% generation %} and {% endgeneration %} around it in a copy of the template, and "
                         'set data.chat_template to that; or set data.loss_on = "all".',
                     )
-                spans.append((len(begin), self._end_of_turn(end, len(begin))))
+                spans.append((len(begin), end))
         return Rendered(text, tuple(spans))
+
+    def _find_end(self, text: str, begin: str, alone: str) -> int | None:
+        """Where in the whole text a turn ends that begins after `begin`; None if that is not known.
+
+        Args:
+            alone: the text to the end of the turn, were it the last.
+        """
+        if not (text.startswith(begin) and alone.startswith(begin) and len(begin) < len(alone)):
+            return None
+        if text.startswith(alone):
+            return self._end_of_turn(alone, len(begin))
+        closing = next((token for token in self._special_tokens if alone.rstrip().endswith(token)), None)
+        if closing is None:
+            return None
+        rest, found, _ = text[len(begin) :].partition(closing)
+        return len(begin + rest + found) if found and alone.rstrip().endswith(rest + found) else None
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:

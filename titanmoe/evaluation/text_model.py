@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from titanmoe.checkpoint.export import find_model
 from titanmoe.checkpoint.hf_folder import GENERATION_CONFIG_NAME, read_json_object
+from titanmoe.checkpoint.model_source import find_model
 from titanmoe.checkpoint.progress import Progress
 from titanmoe.config.errors import ConfigError
 from titanmoe.data.chat_template import ChatTemplate, load_chat_template

@@ -10,14 +10,15 @@ from titanmoe.config.job_config import JobConfig
 from titanmoe.metrics.console import RunInfo
 from titanmoe.metrics.flops import hardware_flops_per_token, num_parameters, peak_flops, training_flops_per_token
 from titanmoe.metrics.throughput import Work
-from titanmoe.models.spec import DecoderSpec
+from titanmoe.metrics.units import format_count
+from titanmoe.models.decoder import Decoder
 from titanmoe.parallel.activation_checkpoint import recomputed_blocks
 
 
 def describe_run(
     config: JobConfig,
     family: str,
-    spec: DecoderSpec,
+    model: Decoder,
     mesh: Mapping[str, int],
     device: torch.device,
     *,
@@ -26,8 +27,11 @@ def describe_run(
     num_steps: int,
     first_step: int,
 ) -> RunInfo:
-    """What the banner tells. `mesh` has the sizes of the axes by name; `device` is that of this rank."""
-    count = num_parameters(spec)
+    """What the banner tells. `model` is the whole, `mesh` has the sizes of the axes by name; `device` is that of this
+    rank."""
+    count = num_parameters(model.spec)
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = {} if num_trained == count.total else {"trained": f"{format_count(num_trained)} parameters"}
     return RunInfo(
         model=f"{family} {config.model.flavor if config.model.name != 'auto' else '(config.json)'}",
         num_parameters=count.total,
@@ -43,20 +47,21 @@ def describe_run(
         first_step=first_step,
         extra={
             "job": config.job.description,
+            **trained,
             "precision": f"{config.training.dtype} parameters, {config.training.mixed_precision_param} compute",
             "seed": str(config.debug.seed or 0),
         },
     )
 
 
-def work_per_token(config: JobConfig, spec: DecoderSpec, device: torch.device, num_devices: int) -> Work:
-    """The FLOPs of a token of training, and a device's peak rate, None on a CPU."""
+def work_per_token(config: JobConfig, model: Decoder, device: torch.device, num_devices: int) -> Work:
+    """The FLOPs of a token of training of a whole model, and a device's peak rate, None on a CPU."""
     seq_len, recompute = config.training.seq_len, config.activation_checkpoint
-    recomputed = recomputed_blocks(len(spec.layers), recompute.mode, recompute.selective_ac_option)
+    recomputed = recomputed_blocks(len(model.spec.layers), recompute.mode, recompute.selective_ac_option)
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return Work(
-        flops_per_token=training_flops_per_token(spec, seq_len),
-        hardware_flops_per_token=hardware_flops_per_token(spec, seq_len, recomputed),
+        flops_per_token=training_flops_per_token(model, seq_len),
+        hardware_flops_per_token=hardware_flops_per_token(model, seq_len, recomputed),
         peak_flops=peak_flops(name, config.training.mixed_precision_param),
         num_devices=num_devices,
     )

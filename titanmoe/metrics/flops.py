@@ -1,17 +1,24 @@
 """FLOPs of training, parameters of a `DecoderSpec`, and the peak rates of accelerators.
 
 A training step is three forwards: every product is done once more for the gradient of its input and once more for that
-of its weight. MFU (Chowdhery et al., arXiv 2204.02311, appendix B) divides those FLOPs by the peak rate; HFU adds the
-FLOPs that activation checkpointing computes again. Qwen3-30B-A3B at 4,096 tokens: 23.1 GFLOP per token.
+of its weight. A frozen weight has no gradient, so it takes two; and one before the first thing that learns, from where
+on inputs have gradients. MFU (Chowdhery et al., arXiv 2204.02311, appendix B) divides those FLOPs by the peak rate; HFU
+adds the FLOPs that activation checkpointing computes again. Qwen3-30B-A3B at 4,096 tokens: 23.1 GFLOP per token.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from titanmoe.models.flops import forward_flops_per_token, layer_flops, projection_weights
+from torch import nn
+
+from titanmoe.models.adapters import is_adapter
+from titanmoe.models.decoder import Block, Decoder
+from titanmoe.models.flops import forward_flops_per_token, layer_flops, output_flops, projection_weights
+from titanmoe.models.gradients import gradient_flow, place_after
+from titanmoe.models.moe.experts import Experts
 from titanmoe.models.spec import DecoderSpec, GroupedQuery, Latent, MoE
 
 
@@ -22,24 +29,62 @@ class ParameterCount:
     """Parameters that one token passes through: all but the routed experts it did not choose."""
 
 
-def training_flops_per_token(spec: DecoderSpec, seq_len: int) -> int:
-    """FLOPs per token of a forward and a full backward without recomputation: three forwards. The numerator of MFU."""
-    return 3 * forward_flops_per_token(spec, seq_len)
+def training_flops_per_token(model: Decoder, seq_len: int) -> int:
+    """FLOPs per token of a forward and a backward without recomputation. The numerator of MFU.
+
+    DoRA's norms of rows are left out: they take the same time for any number of tokens.
+
+    Args:
+        model: the whole, converted; it may be distributed.
+    """
+    spec, total = model.spec, forward_flops_per_token(model.spec, seq_len)
+    flows = gradient_flow(model)
+    for layer, block, flow in zip(spec.layers, model.blocks(), flows, strict=True):
+        total += 2 * layer_flops(layer, spec.dim, seq_len)["attention_core"] * flow.heads
+        for name, num_used, learns in _weights(block):
+            goes_back = name.endswith("lora_b") or flow[place_after(name) - 1]  # A learns
+            total += 2 * num_used * (is_adapter(name) + learns + goes_back)
+    output = model.output or model.tok_embeddings
+    assert output is not None and model.norm is not None, "a whole model"
+    goes_back = flows[-1].output or model.norm.weight.requires_grad
+    return total + output_flops(spec) * (output.weight.requires_grad + goes_back)
 
 
-def hardware_flops_per_token(spec: DecoderSpec, seq_len: int, recomputed: Sequence[bool]) -> int:
+def hardware_flops_per_token(model: Decoder, seq_len: int, recomputed: Sequence[bool]) -> int:
     """FLOPs per token that the device really does: training plus one more forward of the recomputed layers.
 
     The numerator of HFU.
 
     Args:
+        model: as in `training_flops_per_token`.
         recomputed: for each layer, whether activation checkpointing computes all of it again. A layer that keeps the
             outputs of its products computes none of them again: False.
     """
+    spec, total = model.spec, training_flops_per_token(model, seq_len)
     assert len(recomputed) == len(spec.layers), f"{len(recomputed)} flags for {len(spec.layers)} layers"
-    again = (layer for layer, is_recomputed in zip(spec.layers, recomputed, strict=True) if is_recomputed)
-    extra = sum(sum(layer_flops(layer, spec.dim, seq_len).values()) for layer in again)
-    return training_flops_per_token(spec, seq_len) + extra
+    for layer, block, flow, again in zip(spec.layers, model.blocks(), gradient_flow(model), recomputed, strict=True):
+        if again and flow.output:
+            total += sum(layer_flops(layer, spec.dim, seq_len).values())
+            total += sum(2 * num_used for name, num_used, _ in _weights(block) if is_adapter(name))
+    return total
+
+
+def _weights(block: Block) -> Iterator[tuple[str, int, bool]]:
+    """Of every product of a layer and its adapter: the weight's name, how many of its numbers a token meets, and
+    whether it learns."""
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            weights, share = {"weight": module.in_features * module.out_features}, (1, 1)
+        elif isinstance(module, Experts):
+            moe = module.spec
+            size, share = moe.num_experts * module.dim * moe.hidden_dim, (moe.top_k, moe.num_experts)
+            weights = {"gate_up": 2 * size, "down": size}
+        else:
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        weights |= {name: factor.numel() for name, factor in own.items() if name.endswith(("lora_a", "lora_b"))}
+        for name, numel in weights.items():
+            yield f"{path}.{name}", numel * share[0] // share[1], name in own and own[name].requires_grad
 
 
 def num_parameters(spec: DecoderSpec) -> ParameterCount:

@@ -36,4 +36,4 @@ def _norms(
 ) -> Iterator[tuple[str, Tensor]]:
     if adapted.magnitude is not None:
         product.norms = None
-        yield name, product.base_norms(adapted.a, adapted)
+        yield name, product.base_norms(adapted)

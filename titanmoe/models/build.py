@@ -83,17 +83,31 @@ def init_weights(model: Decoder, seed: int) -> None:
 
 @torch.no_grad()
 def init_adapters(model: Decoder, seed: int) -> None:
-    """Fill every A with uniform values up to 1 / sqrt(inputs) (He et al., arXiv 1502.01852, as PEFT has it), every B
-    with zeros, and magnitudes with NaN: they are norms of weights (`init_magnitudes`), once these are there.
+    """Fill A and B as their module's `adapter_init` says, and magnitudes with NaN: they are norms of weights
+    (`init_magnitudes`), once these are there. B A is zero, bit for bit in any product.
 
+    "kaiming" and "gaussian" are PEFT's: A is uniform up to 1 / sqrt(inputs) (He et al., arXiv 1502.01852), or normal
+    with standard deviation 1 / rank, and B is zero. "orthogonal" is PEFT's but for a rotation of the ranks, so that
+    nothing is rounded: A is normal in even ranks, B in odd ones, with standard deviation 0.1, and zero elsewhere.
     As in `init_weights`, every layout starts from the same values.
     """
     for name, parameter in model.named_parameters():
-        if name.endswith("lora_a"):
-            most = parameter.shape[-1] ** -0.5
-            _fill(parameter, _seed_of(name, seed), partial(_draw_uniform, most))
-        elif is_adapter(name):
-            parameter.fill_(0.0 if name.endswith("lora_b") else math.nan)
+        if not is_adapter(name):
+            continue
+        init, is_a = model.get_submodule(name.rpartition(".")[0]).adapter_init, name.endswith("lora_a")
+        if name.endswith("magnitude"):
+            parameter.fill_(math.nan)
+        elif init != "orthogonal" and not is_a:
+            parameter.zero_()
+        elif init == "kaiming":
+            _fill(parameter, _seed_of(name, seed), partial(_draw_uniform, parameter.shape[-1] ** -0.5))
+        else:
+            std = 1 / parameter.shape[-2] if init == "gaussian" else 0.1
+            _fill(parameter, _seed_of(name, seed), partial(_draw_normal, std))
+        if init == "orthogonal" and not name.endswith("magnitude"):
+            dim = parameter.dim() - (2 if is_a else 1)
+            first = (local_box(parameter).offsets[dim] + is_a) % 2
+            local_tensor(parameter).movedim(dim, 0)[first::2] = 0.0
 
 
 def _draw_normal(std: float, values: Tensor, generator: torch.Generator) -> None:

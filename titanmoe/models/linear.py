@@ -26,10 +26,12 @@ class Linear(nn.Linear):
         feature_dims: of each parameter, the dim of its outputs and that of its inputs; None where it has none.
         num_addends: of how many processes' outputs the sum is taken; each of them adds that part of the bias.
         sum_addends: sums something over these processes; None if this is the only one.
+        adapter_init: how the first values of its adapters are drawn, see `init_adapters`.
     """
 
     num_addends = 1
     sum_addends: Callable[[Tensor], Tensor] | None = None
+    adapter_init = "kaiming"
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=bias)

@@ -2,7 +2,7 @@
 
 A weight is dequantised for a product, a piece at a time, and the pieces are freed after it: neither they nor the
 operands of a gradient of the weight are saved for the backward pass, which dequantises once more. There is no gradient
-of the weight.
+of the weight. Where `FrozenKernels` multiply what is stored as it is (see `frozen_native`), nothing is dequantised.
 
 Shape suffixes: R rows (sorted by expert), E experts, N outputs, K inputs, H outputs of one matrix, C an operand's
 columns; `...` any leading shape. FLOPs: 2 R N K forward and as many for the gradient of x. Bytes: the weight's few in
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -110,27 +110,60 @@ def tile_numel(device: torch.device) -> int:
     return _TILE_NUMEL.get(device.type, _DEVICE_TILE_NUMEL)
 
 
+Parts = Sequence[Tensor]
+"""Of a `FrozenWeight`."""
+
+
+class FrozenKernels(Protocol):
+    """What multiplies with the parts of a weight as they are stored. Without offsets there is one weight (N, K).
+
+    Attributes:
+        name: for people.
+        feature_multiple: what K and N must be multiples of.
+    """
+
+    name: str
+    feature_multiple: int
+
+    def product(self, x_RK: Tensor, parts: Parts, offsets_E: Tensor | None, num_rows: int) -> Tensor:
+        """y (R, N), in bfloat16 or in the dtype of x. See `grouped_mm` for offsets and `num_rows`."""
+
+    def input_gradient(self, dy_RN: Tensor, parts: Parts, offsets_E: Tensor | None, num_rows: int) -> Tensor:
+        """dx (R, K), likewise."""
+
+
 class FrozenLinearProduct:
-    """In the place of `F.linear`, for a `FrozenWeight`."""
+    """In the place of `F.linear`, for a `FrozenWeight`.
+
+    Args:
+        kernels: what multiplies; None if the weight is to be dequantised.
+    """
+
+    def __init__(self, kernels: FrozenKernels | None = None) -> None:
+        self.kernels = kernels
 
     def __call__(self, x: Tensor, w: FrozenWeight, bias_N: Tensor | None = None) -> Tensor:
-        y_TN = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), None, 0, "auto", False, w.format.name, *w.parts)
+        x_TK = x.reshape(-1, x.shape[-1])
+        y_TN = _FrozenProduct.apply(x_TK, None, 0, "auto", self.kernels, w.format.name, *_three(w.parts))
         y = y_TN.view(*x.shape[:-1], y_TN.shape[-1])
         return y if bias_N is None else y + bias_N.to(y.dtype)
 
 
 class FrozenGroupedProduct:
-    """In the place of a `PlainGroupedProduct`, whose kernel still multiplies.
+    """In the place of a `PlainGroupedProduct`, whose kernel still multiplies what is dequantised.
 
     On the CPU, experts without rows are not dequantised. On other devices there is no wait for the offsets if all
     experts here are dequantised at once, which depends on their size; else there is one.
     """
 
-    def __init__(self, plain_kernel: Kernel = "auto") -> None:
+    def __init__(self, plain_kernel: Kernel = "auto", kernels: FrozenKernels | None = None) -> None:
         self.plain = PlainGroupedProduct(plain_kernel)
+        self.kernels = kernels
 
     def __call__(self, x_RK: Tensor, w: FrozenWeight, offsets_E: Tensor, num_rows: int = 0) -> Tensor:
-        return _FrozenProduct.apply(x_RK, offsets_E, num_rows, self.plain.kernel, True, w.format.name, *w.parts)
+        return _FrozenProduct.apply(
+            x_RK, offsets_E, num_rows, self.plain.kernel, self.kernels, w.format.name, *_three(w.parts)
+        )
 
     def row_multiple(self, x: Tensor, trains: bool) -> int:
         return self.plain.row_multiple(x, False)
@@ -145,27 +178,50 @@ class _FrozenProduct(torch.autograd.Function):
         x_RK: Tensor,
         offsets_E: Tensor | None,
         num_rows: int,
-        kernel: Kernel,
-        is_stack: bool,
+        plain_kernel: Kernel,
+        kernels: FrozenKernels | None,
         format_name: str,
-        *parts: Tensor,
+        payload: Tensor,
+        scale: Tensor,
+        group: Tensor | None,  # not *parts: of two, torch.compile takes the context for an argument too many
     ) -> Tensor:
-        ctx.save_for_backward(offsets_E, *parts)
-        ctx.settings = (num_rows, kernel, is_stack, format_name)
-        return rows_times_frozen(
-            x_RK.contiguous(), list(parts), offsets_E, num_rows, format_name, transpose=True, kernel=kernel
-        )
+        ctx.save_for_backward(offsets_E, payload, scale, group)
+        ctx.settings = (num_rows, plain_kernel, kernels, format_name)
+        return _product(x_RK, (payload, scale, group), offsets_E, *ctx.settings, transpose=True)
 
     @staticmethod
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
         offsets_E, *parts = ctx.saved_tensors
-        num_rows, kernel, _, format_name = ctx.settings
         dx_RK = None
         if wants_gradient(ctx, 0):
-            dx_RK = rows_times_frozen(
-                dy_RN.contiguous(), parts, offsets_E, num_rows, format_name, transpose=False, kernel=kernel
-            )
-        return dx_RK, *[None] * (5 + len(parts))
+            dx_RK = _product(dy_RN, parts, offsets_E, *ctx.settings, transpose=False)
+        return dx_RK, *[None] * 8
+
+
+def _three(parts: Parts) -> tuple[Tensor | None, ...]:
+    """As many as any format has."""
+    return (*parts, None, None, None)[:3]
+
+
+def _product(
+    x_RC: Tensor,
+    all_parts: Sequence[Tensor | None],
+    offsets_E: Tensor | None,
+    num_rows: int,
+    plain_kernel: Kernel,
+    kernels: FrozenKernels | None,
+    format_name: str,
+    *,
+    transpose: bool,
+) -> Tensor:
+    x_RC, parts = x_RC.contiguous(), [part for part in all_parts if part is not None]
+    if kernels is None:
+        return rows_times_frozen(
+            x_RC, parts, offsets_E, num_rows, format_name, transpose=transpose, kernel=plain_kernel
+        )
+    y_RC = (kernels.product if transpose else kernels.input_gradient)(x_RC, parts, offsets_E, num_rows)
+    # Under torch.compile of torch 2.11, gradients through a cast that changes nothing are zero.
+    return y_RC if y_RC.dtype == x_RC.dtype else y_RC.to(x_RC.dtype)
 
 
 @torch.library.custom_op("titanmoe::rows_times_frozen", mutates_args=())

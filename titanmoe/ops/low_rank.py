@@ -2,8 +2,11 @@
 (Liu et al., arXiv 2402.09353).
 
 y = base(x) + scale * (x A^T) B^T. The sum of the weights never exists: x and the narrow x A^T are what a backward
-pass needs beside the weights. With DoRA every output is then multiplied with magnitude / |W + scale B A|, the norm of
-its row of weights, through which no gradient flows (section 4.3 of the paper). The norm is found without that sum, too:
+pass needs beside the weights. Where the base is a plain product, it is one operation with the addition: what comes of
+an expert's rows is added to while it is in the cache, and so is the gradient of these rows.
+
+With DoRA every output is then multiplied with magnitude / |W + scale B A|, the norm of its row of weights, through
+which no gradient flows (section 4.3 of the paper). The norm is found without that sum, too:
 |W|^2 + 2 scale sum(B * (W A^T)) + scale^2 sum((B (A A^T)) * B), with W A^T from the base's own product.
 
 Shape suffixes: T tokens, R rows (sorted by expert), E experts, N output features, K input features, L the rank; `...`
@@ -13,7 +16,8 @@ any leading shape. FLOPs of the addition: 2 T L (K + N) forward, twice that back
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -21,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanmoe.ops.expert_bias import experts_of_rows
+from titanmoe.ops.frozen import FrozenWeight
 from titanmoe.ops.grouped_mm import (
     GroupedProduct,
     Kernel,
@@ -33,7 +38,6 @@ from titanmoe.ops.partial_backward import wants_gradient
 from titanmoe.ops.rows import works_in_blocks
 
 _ALIGNMENT_BYTES = 16  # of the row strides of what `F.grouped_mm` multiplies
-_NUM_UNIT_ROWS = 32
 
 Base = TypeVar("Base", bound=Callable[..., Tensor])
 
@@ -42,7 +46,7 @@ class Adapted(NamedTuple):
     """A weight and what is added to it; as this process has them.
 
     Attributes:
-        weight: what the base product multiplies.
+        weight: what the base product multiplies, a tensor or a `FrozenWeight`.
         a: (L, K), or (E, L, K).
         b: (N, L), or (E, N, L).
         magnitude: (N,), or (E, N); None without DoRA.
@@ -72,34 +76,17 @@ class _LowRankProduct(Generic[Base]):
         self.scale = scale
         self.norms: Tensor | None = None
 
-    def base_norms(self, x: Tensor, adapted: Adapted) -> Tensor:
-        """|W| of every output, (N,) or (E, N), for inputs like `x`; float32 or float64."""
+    def base_norms(self, adapted: Adapted) -> Tensor:
+        """|W| of every output, (N,) or (E, N); float32 or float64."""
         if self.norms is None:
             with torch.inference_mode(False), torch.no_grad():
-                if isinstance(adapted.weight, Tensor):
-                    dtype = torch.promote_types(adapted.weight.dtype, torch.float32)
-                    square = torch.linalg.vector_norm(adapted.weight, dim=-1, dtype=dtype).square()
-                else:
-                    square = self._square_of_product(x.dtype, adapted)
-                self.norms = _over_processes(square, adapted).sqrt()
+                self.norms = _over_processes(_squares(adapted.weight), adapted).sqrt()
         return self.norms
-
-    def _square_of_product(self, dtype: torch.dtype, adapted: Adapted) -> Tensor:
-        """|W|^2 of what the base product makes of rows with a single one in them."""
-        num_inputs = adapted.a.shape[-1]
-        square = torch.zeros(adapted.b.shape[:-1], dtype=torch.float32, device=adapted.b.device)
-        for start in range(0, num_inputs, _NUM_UNIT_ROWS):
-            ones = torch.arange(start, min(start + _NUM_UNIT_ROWS, num_inputs), device=square.device)
-            units = F.one_hot(ones, num_inputs).to(dtype)
-            square += (
-                self.times_weight(units.expand(*adapted.a.shape[:-2], -1, -1), adapted.weight).float().square().sum(-1)
-            )
-        return square
 
     def gain(self, x: Tensor, adapted: Adapted) -> Tensor:
         """magnitude / |W + scale B A|, (N,) or (E, N). Only the magnitude gets a gradient."""
         assert adapted.magnitude is not None
-        norms = self.base_norms(x, adapted)
+        norms = self.base_norms(adapted)
         with torch.no_grad():
             a, b = adapted.a.to(norms.dtype), adapted.b.to(norms.dtype)
             products = self.times_weight(adapted.a.to(x.dtype), adapted.weight).to(norms.dtype)
@@ -120,9 +107,11 @@ class LowRankLinearProduct(_LowRankProduct[Callable[..., Tensor]]):
 
     def __call__(self, x: Tensor, adapted: Adapted, bias_N: Tensor | None = None) -> Tensor:
         has_gain = adapted.magnitude is not None
-        y = self.base(x, adapted.weight, None if has_gain else bias_N)
-        y_TN = _add(y.flatten(0, -2), _drop(x, adapted).flatten(0, -2), adapted, self.scale)
-        y = y_TN.view(y.shape)
+        y_TN = None
+        if self.base is not F.linear or not _goes_with_base(adapted) or not (has_gain or bias_N is None):
+            y_TN = self.base(x, adapted.weight, None if has_gain else bias_N).flatten(0, -2)
+        y_TN = _add(y_TN, _drop(x, adapted).flatten(0, -2), adapted, self.scale)
+        y = y_TN.view(*x.shape[:-1], -1)
         if has_gain:
             y = (y * self.gain(x, adapted)).to(y.dtype)
             y = y if bias_N is None else y + bias_N.to(y.dtype)
@@ -145,8 +134,12 @@ class LowRankGroupedProduct(_LowRankProduct[GroupedProduct]):
         self.plain = PlainGroupedProduct(kernel)
 
     def __call__(self, x_RK: Tensor, adapted: Adapted, offsets_E: Tensor, num_rows: int = 0) -> Tensor:
-        y_RN = self.base(x_RK, adapted.weight, offsets_E, num_rows)
-        y_RN = _add(y_RN, _drop(x_RK, adapted), adapted, self.scale, offsets_E, num_rows, self.plain.kernel)
+        y_RN, kernel = None, self.plain.kernel
+        if isinstance(self.base, PlainGroupedProduct) and _goes_with_base(adapted):
+            kernel = self.base.kernel
+        else:
+            y_RN = self.base(x_RK, adapted.weight, offsets_E, num_rows)
+        y_RN = _add(y_RN, _drop(x_RK, adapted), adapted, self.scale, offsets_E, num_rows, kernel)
         if adapted.magnitude is None:
             return y_RN
         return scale_outputs(y_RN, self.gain(x_RK, adapted), offsets_E)
@@ -174,8 +167,23 @@ def _over_processes(addend: Tensor, adapted: Adapted) -> Tensor:
     return addend if adapted.sum_addends is None else adapted.sum_addends(addend)
 
 
+def _squares(weight: Tensor | FrozenWeight) -> Tensor:
+    """|W|^2 of every output, (N,) or (E, N). What is stored in few bits is gone over once, a tile at a time."""
+    if isinstance(weight, Tensor):
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).square()
+    if weight.is_stack:
+        return torch.stack([_squares(weight.experts(expert)) for expert in range(weight.shape[0])])
+    return torch.cat([tile.square().sum(-1) for _, tile in weight.row_tiles(torch.float32)])
+
+
+def _goes_with_base(adapted: Adapted) -> bool:
+    """Whether a plain product can be one operation with the addition: of the same inputs, and with a frozen weight."""
+    return not adapted.dropout and not adapted.weight.requires_grad
+
+
 def _add(
-    y_RN: Tensor,
+    y_RN: Tensor | None,
     x_RK: Tensor,
     adapted: Adapted,
     scale: float,
@@ -183,95 +191,204 @@ def _add(
     num_rows: int = 0,
     kernel: Kernel = "auto",
 ) -> Tensor:
-    """y + scale * (x A^T) B^T; without offsets there is one A and one B, and all rows are theirs."""
+    """y + scale * (x A^T) B^T, where y is x W^T if it is not given. Without offsets all rows are of one A, B and W."""
     a, b = adapted.a, adapted.b
-    return _AddLowRank.apply(y_RN, x_RK, a.view_as(a), b.view_as(b), scale, offsets_E, num_rows, kernel)
+    w = adapted.weight if y_RN is None else None
+    return _AddLowRank.apply(x_RK, a.view_as(a), b.view_as(b), y_RN, w, scale, offsets_E, num_rows, kernel)
 
 
 class _AddLowRank(torch.autograd.Function):
-    """What it saves is x, x A^T, and the factors as they are stored, of which no other copy lives on."""
+    """What it saves is x, x A^T, and the weight and factors as they are stored, of which no other copy lives on."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        y_RN: Tensor,
         x_RK: Tensor,
         a: Tensor,
         b: Tensor,
+        y_RN: Tensor | None,
+        w: Tensor | None,
         scale: float,
         offsets_E: Tensor | None,
         num_rows: int,
         kernel: Kernel,
     ) -> Tensor:
-        ctx.scale, ctx.num_rows, ctx.kernel = scale, num_rows, kernel
-        a_ELK, b_ELN = _factors(a, b, x_RK, kernel)
+        ctx.settings = scale, num_rows, kernel
+        a_ELK, b_ELN = _factors(a, b, scale, x_RK, kernel)
         if offsets_E is None:
-            h_RL = (x_RK @ a_ELK.t()) * scale
+            h_RL = x_RK @ a_ELK.t()
+            y_RN = y_RN if w is None else x_RK @ w.t()
+            assert y_RN is not None
             out_RN = torch.addmm(y_RN, h_RL, b_ELN)
         else:
-            h_RL = rows_times_weights(x_RK, a_ELK, offsets_E, num_rows, transpose=True, kernel=kernel) * scale
-            out_RN = add_rows_times_weights(y_RN, h_RL, b_ELN, offsets_E, num_rows, kernel=kernel)
-        ctx.save_for_backward(x_RK, h_RL, a, b, offsets_E)
+            out_RN, h_RL = add_low_rank(x_RK, a_ELK, b_ELN, y_RN, w, offsets_E, num_rows, kernel=kernel)
+        ctx.save_for_backward(x_RK, h_RL, a, b, w if ctx.needs_input_grad[0] else None, offsets_E)
         return out_RN
 
     @staticmethod
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
-        x_RK, h_RL, a, b, offsets_E = ctx.saved_tensors
-        num_rows, kernel, rank = ctx.num_rows, ctx.kernel, a.shape[-2]
+        x_RK, h_RL, a, b, w, offsets_E = ctx.saved_tensors
+        scale, num_rows, kernel = ctx.settings
         dy_RN = dy_RN.contiguous()
-        a_ELK, b_ELN = _factors(a, b, x_RK, kernel)
-        dx_RK = da = db = None
-        wants_x, wants_a = wants_gradient(ctx, 1), wants_gradient(ctx, 2)
-        if wants_x or wants_a:
-            if offsets_E is None:
-                dh_RL = dy_RN @ b_ELN.t()
-            else:
-                dh_RL = rows_times_weights(dy_RN, b_ELN, offsets_E, num_rows, transpose=True, kernel=kernel)
-            dh_RL = dh_RL.mul_(ctx.scale)
-            if wants_x and offsets_E is None:
-                dx_RK = dh_RL @ a_ELK
-            elif wants_x:
-                dx_RK = rows_times_weights(dh_RL, a_ELK, offsets_E, num_rows, transpose=False, kernel=kernel)
-            if wants_a:
-                da = _rows_times_rows(dh_RL, x_RK, offsets_E, kernel)[..., :rank, :].to(a.dtype)
-        if wants_gradient(ctx, 3):
-            db = _rows_times_rows(h_RL, dy_RN, offsets_E, kernel)[..., :rank, :].mT.to(b.dtype)
-        return dy_RN, dx_RK, da, db, None, None, None, None
+        a_ELK, b_ELN = _factors(a, b, scale, x_RK, kernel)
+        wants_x, wants_a, wants_b = (wants_gradient(ctx, index) for index in range(3))
+        if offsets_E is None:
+            dx = dy_RN @ w if wants_x and w is not None else None
+            dh_RL = dy_RN @ b_ELN.t()
+            if wants_x:
+                dx = dh_RL @ a_ELK if dx is None else dx.addmm_(dh_RL, a_ELK)
+            da = dh_RL.t() @ x_RK if wants_a else None
+            db = h_RL.t() @ dy_RN if wants_b else None
+        else:
+            dx, da, db = low_rank_gradients(
+                dy_RN, x_RK, h_RL, a_ELK, b_ELN, w, offsets_E, num_rows, [wants_x, wants_a, wants_b], kernel=kernel
+            )
+        rank = a.shape[-2]
+        return (
+            dx if wants_x else None,
+            da[..., :rank, :].to(a.dtype) if da is not None and wants_a else None,
+            (db[..., :rank, :].mT * scale).to(b.dtype) if db is not None and wants_b else None,
+            dy_RN if ctx.needs_input_grad[3] else None,
+            *[None] * 5,
+        )
 
 
-def _factors(a: Tensor, b: Tensor, x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """A, and B transposed, in the dtype of x: with a narrow last dim, products of the backward pass take BLAS three
-    times as long. Where `F.grouped_mm` multiplies, with zeros up to a rank that it takes.
+def _factors(a: Tensor, b: Tensor, scale: float, x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """A, and B transposed and times `scale`, in the dtype of x: with a narrow last dim, products of the backward pass
+    take BLAS three times as long. Where `F.grouped_mm` multiplies, with zeros up to a rank that it takes.
     """
-    a_ELK, b_ELN = a.to(x.dtype), b.to(x.dtype).mT.contiguous()
+    a_ELK, b_ELN = a.to(x.dtype), (b * scale).to(x.dtype).mT.contiguous()
     missing = -a.shape[-2] % (_ALIGNMENT_BYTES // x.element_size())
-    if not missing or a.dim() == 2 or (x.device.type == "cpu" and kernel != "torch"):
+    if not missing or a.dim() == 2 or _goes_by_expert(x, kernel):
         return a_ELK, b_ELN
     return F.pad(a_ELK, (0, 0, 0, missing)), F.pad(b_ELN, (0, 0, 0, missing))
 
 
-def _rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor | None, kernel: Kernel) -> Tensor:
-    return dy_RN.t() @ x_RK if offsets_E is None else rows_times_rows(dy_RN, x_RK, offsets_E, kernel=kernel)
+def _goes_by_expert(x: Tensor, kernel: str) -> bool:
+    return x.device.type == "cpu" and kernel != "torch"
 
 
-@torch.library.custom_op("titanmoe::add_rows_times_weights", mutates_args=())
-def add_rows_times_weights(
-    y_RN: Tensor, h_RL: Tensor, b_ELN: Tensor, offsets_E: Tensor, num_rows: int, *, kernel: str
-) -> Tensor:
-    """y[r] + h[r] @ b[e(r)]; beyond the last offset what y is."""
-    if h_RL.device.type != "cpu" or kernel == "torch":
-        return y_RN + rows_times_weights(h_RL, b_ELN, offsets_E, num_rows, transpose=False, kernel=kernel)
-    out_RN, end = torch.empty_like(y_RN), 0
-    for expert, rows in expert_rows(offsets_E):
-        torch.addmm(y_RN[rows], h_RL[rows], b_ELN[expert], out=out_RN[rows])
-        end = rows.stop
-    out_RN[end:] = y_RN[end:]
-    return out_RN
+@torch.library.custom_op("titanmoe::add_low_rank", mutates_args=())
+def add_low_rank(
+    x_RK: Tensor,
+    a_ELK: Tensor,
+    b_ELN: Tensor,
+    y_RN: Tensor | None,
+    w_ENK: Tensor | None,
+    offsets_E: Tensor,
+    num_rows: int,
+    *,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """y[r] + h[r] @ b[e(r)] and h[r] = x[r] @ a[e(r)].T; y is that of `w_ENK` if it is not given.
+
+    Beyond the last offset the first is what y is, and the second is not defined.
+    """
+    if not _goes_by_expert(x_RK, kernel):
+        rows, transposed = (offsets_E, num_rows), {"transpose": True, "kernel": kernel}
+        h_RL = rows_times_weights(x_RK, a_ELK, *rows, **transposed)
+        added_RN = rows_times_weights(h_RL, b_ELN, *rows, transpose=False, kernel=kernel)
+        return added_RN.add_(rows_times_weights(x_RK, w_ENK, *rows, **transposed) if y_RN is None else y_RN), h_RL
+    out_RN, h_RL = (x_RK.new_empty(x_RK.shape[0], columns) for columns in (b_ELN.shape[-1], a_ELK.shape[1]))
+    for x, h, out, y, a, b, w in _by_expert(offsets_E, (x_RK, h_RL, out_RN, y_RN), (a_ELK, b_ELN, w_ENK)):
+        torch.mm(x, a.t(), out=h)
+        torch.addmm(torch.mm(x, w.t(), out=out) if y is None else y, h, b, out=out)
+    end = int(offsets_E[-1])
+    out_RN[end:] = 0.0 if y_RN is None else y_RN[end:]
+    return out_RN, h_RL
 
 
-@add_rows_times_weights.register_fake
-def _(y_RN: Tensor, h_RL: Tensor, b_ELN: Tensor, offsets_E: Tensor, num_rows: int, *, kernel: str) -> Tensor:
-    return torch.empty_like(y_RN)
+@add_low_rank.register_fake
+def _(
+    x_RK: Tensor, a_ELK: Tensor, b_ELN: Tensor, y_RN: Any, w_ENK: Any, offsets_E: Tensor, num_rows: int, *, kernel: str
+) -> tuple[Tensor, Tensor]:
+    num_rows = x_RK.shape[0]
+    return x_RK.new_empty(num_rows, b_ELN.shape[-1]), x_RK.new_empty(num_rows, a_ELK.shape[1])
+
+
+@torch.library.custom_op("titanmoe::low_rank_gradients", mutates_args=())
+def low_rank_gradients(
+    dy_RN: Tensor,
+    x_RK: Tensor,
+    h_RL: Tensor,
+    a_ELK: Tensor,
+    b_ELN: Tensor,
+    w_ENK: Tensor | None,
+    offsets_E: Tensor,
+    num_rows: int,
+    wants: Sequence[bool],
+    *,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, a and b of `add_low_rank`; empty where they are not wanted. That of x includes `w_ENK`, if it is given."""
+    wants_x, wants_a, wants_b = wants
+    dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
+    if not _goes_by_expert(x_RK, kernel):
+        rows, straight = (offsets_E, num_rows), {"transpose": False, "kernel": kernel}
+        if wants_x or wants_a:
+            dh_RL = rows_times_weights(dy_RN, b_ELN, *rows, transpose=True, kernel=kernel)
+        if wants_x:
+            dx_RK = rows_times_weights(dh_RL, a_ELK, *rows, **straight)
+            dx_RK = dx_RK if w_ENK is None else dx_RK.add_(rows_times_weights(dy_RN, w_ENK, *rows, **straight))
+        if wants_a:
+            da_ELK = rows_times_rows(dh_RL, x_RK, offsets_E, kernel=kernel)
+        if wants_b:
+            db_ELN = rows_times_rows(h_RL, dy_RN, offsets_E, kernel=kernel)
+        return dx_RK, da_ELK, db_ELN
+    rows_of_each = (dy_RN, x_RK, h_RL, dx_RK if wants_x else None)
+    of_each = (a_ELK, b_ELN, w_ENK, da_ELK if wants_a else None, db_ELN if wants_b else None)
+    for dy, x, h, dx, a, b, w, da, db in _by_expert(offsets_E, rows_of_each, of_each):
+        # The wide product first: what it reads and writes is then in the cache.
+        if wants_x and w is not None:
+            torch.mm(dy, w, out=dx)
+        if wants_b:
+            torch.mm(h.t(), dy, out=db)
+        dh = dy @ b.t()
+        if wants_x and w is not None:
+            dx.addmm_(dh, a)
+        elif wants_x:
+            torch.mm(dh, a, out=dx)
+        if wants_a:
+            torch.mm(dh.t(), x, out=da)
+    if wants_x:
+        dx_RK[int(offsets_E[-1]) :] = 0.0
+    return dx_RK, da_ELK, db_ELN
+
+
+@low_rank_gradients.register_fake
+def _(
+    dy_RN: Tensor,
+    x_RK: Tensor,
+    h_RL: Tensor,
+    a_ELK: Tensor,
+    b_ELN: Tensor,
+    w_ENK: Tensor | None,
+    offsets_E: Tensor,
+    num_rows: int,
+    wants: Sequence[bool],
+    *,
+    kernel: str,
+) -> tuple[Tensor, ...]:
+    return _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
+
+
+def _unfilled_gradients(
+    x_RK: Tensor, a_ELK: Tensor, b_ELN: Tensor, wants: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    likes = zip((x_RK, a_ELK, b_ELN), wants, strict=True)
+    dx, da, db = (like.new_empty(like.shape if is_wanted else 0) for like, is_wanted in likes)
+    return dx, da, db
+
+
+def _by_expert(
+    offsets_E: Tensor, rows: Sequence[Tensor | None], of_each: Sequence[Tensor | None]
+) -> Iterator[tuple[Any, ...]]:
+    """For every expert: its part of each of `rows`, and its own of each of the others. None stays None."""
+    ends = offsets_E.tolist()
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    absent = [None] * len(ends)
+    parts = [absent if each is None else each[: ends[-1]].split(sizes) for each in rows]
+    return zip(*parts, *(absent if each is None else each.unbind(0) for each in of_each), strict=True)
 
 
 def scale_outputs(y_RN: Tensor, gain_EN: Tensor, offsets_E: Tensor) -> Tensor:

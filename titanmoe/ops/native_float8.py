@@ -33,10 +33,10 @@ class _Float8Kernels:
         self.scaling = scaling
 
     def quantize_rows(self, x_RC: Tensor, offsets_E: Tensor | None) -> Operand:
-        return _fused(cast, x_RC, self.scaling)
+        return fused(cast, x_RC, self.scaling)
 
     def quantize_weights(self, w_ENK: Tensor, along: Along) -> Operand:
-        return _fused(cast if along == "in" else cast_transposed, w_ENK, self.scaling)
+        return fused(cast if along == "in" else cast_transposed, w_ENK, self.scaling)
 
 
 class Float8LinearKernels(_Float8Kernels):
@@ -59,7 +59,7 @@ class Float8LinearKernels(_Float8Kernels):
     def weight_gradient(self, dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor | None) -> Tensor:
         missing = -dy_RN.shape[0] % MULTIPLE
         operands = (F.pad(operand, (0, 0, 0, missing)) if missing else operand for operand in (dy_RN, x_RK))
-        dy_NR, x_KR = (_fused(cast_transposed, operand, self.scaling) for operand in operands)
+        dy_NR, x_KR = (fused(cast_transposed, operand, self.scaling) for operand in operands)
         return _scaled_mm(dy_NR, x_KR, fast=False)
 
 
@@ -72,7 +72,7 @@ def _scaled_mm(left: Operand, right: Operand, fast: bool) -> Tensor:
     # The kernel for rows is slow if it sums well (pytorch#147971). With powers of two, scaling later is as exact.
     one = a_scales.new_ones(())
     y = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=False)
-    return _fused(_scaled, y, a_scales, b_scales)
+    return fused(_scaled, y, a_scales, b_scales)
 
 
 def _scaled(y: Tensor, row_scales: Tensor, column_scales: Tensor) -> Tensor:
@@ -105,9 +105,9 @@ class Float8GroupedKernels(_Float8Kernels):
         if not x_RK.shape[0]:
             return x_RK.new_zeros(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1], dtype=torch.bfloat16)
         check_groups(offsets_E, MULTIPLE)
-        groups = _fused(with_empty_groups, offsets_E, x_RK.shape[0] // MULTIPLE)
-        dy_NR, dy_scales_EN = _fused(cast_groups, dy_RN, *groups, self.scaling)
-        x_KR, x_scales_EK = _fused(cast_groups, x_RK, *groups, self.scaling)
+        groups = fused(with_empty_groups, offsets_E, x_RK.shape[0] // MULTIPLE)
+        dy_NR, dy_scales_EN = fused(cast_groups, dy_RN, *groups, self.scaling)
+        x_KR, x_scales_EK = fused(cast_groups, x_RK, *groups, self.scaling)
         return torch._scaled_grouped_mm(
             dy_NR,
             x_KR.t(),
@@ -204,7 +204,7 @@ def cast_groups(
     return codes_B16C.flatten(0, 1).t().contiguous(), scales_EC
 
 
-def _fused(function: Callable[..., Any], values: Tensor, *args: Any) -> Any:
+def fused(function: Callable[..., Any], values: Tensor, *args: Any) -> Any:
     """Call a function, compiled where that makes one or two kernels of it: on a GPU, unless all around it is compiled.
 
     Each is compiled for few kinds of operands (torch stops at eight of one function): without gradients, contiguous.

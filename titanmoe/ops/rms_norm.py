@@ -59,7 +59,8 @@ class _RMSNorm(torch.autograd.Function):
             inverse = inverse_R1[rows]
             normal = x_RN[rows].float().mul(inverse)
             dy_block = dy_RN[rows].float()
-            dweight_N += (dy_block * normal).sum(dim=0)
+            if ctx.needs_input_grad[1]:
+                dweight_N += (dy_block * normal).sum(dim=0)
             dnormal = dy_block * weight
             along = (dnormal * normal).mean(dim=1, keepdim=True)
             dx_RN[rows] = dnormal.sub_(normal.mul_(along)).mul_(inverse)

@@ -33,7 +33,8 @@ from torch.utils.checkpoint import (
 from titanmoe.config.errors import ConfigError
 from titanmoe.models.build import build_model
 from titanmoe.models.decoder import Decoder
-from titanmoe.ops.native_float8 import scaled_rows_times_weights  # noqa: F401 - defines an operator named below
+from titanmoe.ops.frozen_native import block_scaled_mm  # noqa: F401 - defines an operator named below
+from titanmoe.ops.native_float8 import scaled_rows_times_weights  # noqa: F401 - and so does this
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.expert import exchanging_dispatcher
 
@@ -55,6 +56,7 @@ _COSTLY = {
     torch.ops.titanmoe.rows_times_weights.default,
     torch.ops.titanmoe.rows_times_frozen.default,
     torch.ops.titanmoe.scaled_rows_times_weights.default,
+    torch.ops.titanmoe.block_scaled_mm.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,

@@ -14,6 +14,7 @@ from titanmoe.models.adapters import row_norms
 from titanmoe.models.decoder import Decoder
 from titanmoe.ops.scaled_product import LowPrecisionProduct
 from titanmoe.ops.sharding import local_box, local_tensor
+from titanmoe.parallel.byte_shards import bytes_as_parameters, keep_bytes
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.shards import shard_dim
 
@@ -40,14 +41,15 @@ def apply_fsdp(
     offload = CPUOffloadPolicy(pin_memory=mesh.fsdp.device_type != "cpu") if cpu_offload else OffloadPolicy()
 
     def shard(modules: nn.Module | list[nn.Module], over: DeviceMesh, *, frees: bool) -> None:
-        fully_shard(
-            modules,
-            mesh=over,
-            mp_policy=policy,
-            offload_policy=offload,
-            reshard_after_forward=frees,
-            shard_placement_fn=lambda parameter: Shard(shard_dim(local_tensor(parameter).shape, over.size(-1))),
-        )
+        with bytes_as_parameters():
+            fully_shard(
+                modules,
+                mesh=over,
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=frees,
+                shard_placement_fn=lambda parameter: Shard(shard_dim(local_tensor(parameter).shape, over.size(-1))),
+            )
 
     frees = reshard_after_forward != "never"
     for block in model.blocks():
@@ -61,6 +63,7 @@ def apply_fsdp(
         if model.norm is not None and model.output is not None:
             shard([model.norm, model.output], mesh.fsdp, frees=reshard_after_forward == "always")
     shard(model, mesh.fsdp, frees=False)
+    keep_bytes(model)
     for module in model.modules():
         for product in vars(module).values():
             product = getattr(product, "base", product)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-
-from torch import Tensor
+from typing import Any
 
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.sizes import Degrees
@@ -14,7 +13,6 @@ from titanmoe.models.linear import Linear
 from titanmoe.models.moe.experts import Experts
 from titanmoe.models.spec import DecoderSpec, Dense, MoE, num_experts, num_heads
 from titanmoe.ops.frozen_formats import column_multiple, row_multiple
-from titanmoe.ops.scaled_product import LowPrecisionProduct, ScaledGroupedProduct, ScaledLinearProduct
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.shards import tensor_dim
 
@@ -76,21 +74,22 @@ def check_products_can_be_split(model: Decoder) -> None:
     """
     for path, module in model.named_modules():
         if isinstance(module, Linear):
-            product = getattr(module.product, "base", module.product)
-            if isinstance(product, ScaledLinearProduct):
-                _check_sizes(path, module.weight, product, _TENSOR)
+            _check_sizes(path, module, "weight", module.product, _TENSOR)
         elif isinstance(module, Experts):
-            for weight, outer in ((module.gate_up, module.gate_up_product), (module.down, module.down_product)):
-                product = getattr(outer, "base", outer)
-                if isinstance(product, ScaledGroupedProduct):
-                    _check_sizes(path, weight, product, _EXPERT_TENSOR)
+            _check_sizes(path, module, "gate_up", module.gate_up_product, _EXPERT_TENSOR)
+            _check_sizes(path, module, "down", module.down_product, _EXPERT_TENSOR)
 
 
-def _check_sizes(path: str, weight: Tensor, product: LowPrecisionProduct, degree: str) -> None:
-    multiple, sizes = product.kernels.feature_multiple, local_tensor(weight).shape[-2:]
-    if any(size % multiple for size in sizes):
+def _check_sizes(path: str, module: Linear | Experts, name: str, product: Any, degree: str) -> None:
+    kernels = getattr(getattr(product, "base", product), "kernels", None)
+    if kernels is None:
+        return
+    stored = module.stored.get(name)
+    shape = stored.read(module).matrix_shape if stored else local_tensor(getattr(module, name)).shape
+    if any(size % kernels.feature_multiple for size in shape[-2:]):
         raise ConfigError(
-            f"a rank's part of {path} is {sizes[0]} x {sizes[1]}, but its product wants multiples of {multiple}",
+            f"a rank's part of {path} is {shape[-2]} x {shape[-1]}, but its product wants multiples of "
+            f"{kernels.feature_multiple}",
             where=degree,
             mend="Lower it, or leave this module out of the converter.",
         )

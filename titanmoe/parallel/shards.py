@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
 
 from titanmoe.config.sizes import Degrees
-from titanmoe.models.build import build_model
-from titanmoe.models.decoder import Part
+from titanmoe.models.decoder import Decoder, Part
+from titanmoe.models.linear import Linear
+from titanmoe.models.moe.experts import Experts
 from titanmoe.models.spec import DecoderSpec, GroupedQuery
 from titanmoe.parallel.mesh import EXPERT, EXPERT_TENSOR, FSDP, TENSOR
 
@@ -32,6 +37,8 @@ class LocalParameter:
     Attributes:
         group: what is gathered together: a layer, its experts, or one of ENDS.
         axis: that it is sharded over.
+        shape, dtype: of what is stored.
+        learns: whether it has a gradient.
         splits: the other axes whose ranks have different parts of it.
         addends: the axis over which its gradients are addends; "" if there is none.
     """
@@ -40,6 +47,8 @@ class LocalParameter:
     group: str
     axis: str
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    learns: bool = True
     splits: tuple[str, ...] = ()
     addends: str = ""
 
@@ -60,27 +69,32 @@ class LocalParameter:
         return size, math.prod(self.shape) // size
 
 
-def local_parameters(spec: DecoderSpec, degrees: Degrees, part: Part | None = None) -> list[LocalParameter]:
-    """Of the model, or of a part of it; in the model's order."""
+def local_parameters(model: Decoder, degrees: Degrees, part: Part | None = None) -> list[LocalParameter]:
+    """Of a model that is not distributed yet, or of a part of it; in the model's order."""
+    owners = (model if part is None else model.view(part)).named_modules()
     return [
-        _local(name, tuple(parameter.shape), spec, degrees)
-        for name, parameter in build_model(spec, part=part).named_parameters()
+        _local(f"{path}.{name}", name, owner, parameter, model.spec, degrees)
+        for path, owner in owners
+        for name, parameter in owner.named_parameters(recurse=False)
     ]
 
 
-def _local(name: str, shape: tuple[int, ...], spec: DecoderSpec, degrees: Degrees) -> LocalParameter:
-    group = _group(name, spec.tie_embeddings)
-    if ".moe.experts." in name and degrees.shards_experts_apart:
-        group = f"the experts of {group}"
-        shape = _split(shape, 0, degrees.ep)
-        if name.endswith("down_bias"):
-            return LocalParameter(name, group, FSDP_OF_EXPERTS, shape, (EXPERT,), EXPERT_TENSOR)
-        shape = _split(shape, 2, degrees.etp)
-        return LocalParameter(name, group, FSDP_OF_EXPERTS, shape, (EXPERT, EXPERT_TENSOR))
-    dim = tensor_dim(name, spec, degrees.tp)
-    if dim is None or dim >= len(shape):
-        return LocalParameter(name, group, FSDP, shape, addends=TENSOR)
-    return LocalParameter(name, group, FSDP, _split(shape, dim, degrees.tp), (TENSOR,))
+def _local(
+    path: str, name: str, owner: nn.Module, parameter: Tensor, spec: DecoderSpec, degrees: Degrees
+) -> LocalParameter:
+    group, shape = _group(path, spec.tie_embeddings), tuple(parameter.shape)
+    local = partial(LocalParameter, path, dtype=parameter.dtype, learns=parameter.requires_grad)
+    if isinstance(owner, Experts) and degrees.shards_experts_apart:
+        group, shape, dim = f"the experts of {group}", _split(shape, 0, degrees.ep), owner.hidden_dims[name]
+        if dim is None:
+            return local(group, FSDP_OF_EXPERTS, shape, splits=(EXPERT,), addends=EXPERT_TENSOR)
+        return local(group, FSDP_OF_EXPERTS, _split(shape, dim, degrees.etp), splits=(EXPERT, EXPERT_TENSOR))
+    dim = tensor_dim(path, spec, degrees.tp)
+    if dim is not None and isinstance(owner, Linear):
+        dim = owner.feature_dims[name][dim]
+    if dim is None:
+        return local(group, FSDP, shape, addends=TENSOR)
+    return local(group, FSDP, _split(shape, dim, degrees.tp), splits=(TENSOR,))
 
 
 def _group(name: str, is_tied: bool) -> str:
@@ -93,7 +107,7 @@ def _group(name: str, is_tied: bool) -> str:
 
 
 def tensor_dim(name: str, spec: DecoderSpec, num_ranks: int) -> int | None:
-    """Along which dim `apply_tensor_parallel` splits a parameter; None if every rank has all of it."""
+    """What `apply_tensor_parallel` splits of a parameter's module: outputs (0), inputs (1), or nothing (None)."""
     module = name.split(".")[-2]
     if module in ("k_proj", "v_proj"):
         attention = spec.layers[int(name.split(".")[1])].attention

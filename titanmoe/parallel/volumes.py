@@ -15,7 +15,8 @@ from fractions import Fraction
 from typing import Literal
 
 from titanmoe.config.sizes import Degrees
-from titanmoe.models.decoder import Part
+from titanmoe.models.decoder import Decoder, Part
+from titanmoe.models.gradients import Flow, gradient_flow
 from titanmoe.models.spec import DecoderSpec, GroupedQuery, LayerSpec, MoE
 from titanmoe.parallel.activation_checkpoint import Mode, recomputed_blocks
 from titanmoe.parallel.fsdp import Reshard
@@ -35,7 +36,7 @@ class Step:
 
     Attributes:
         batch: sequences of a microbatch that one rank, or a group of ranks with the same sequences, computes.
-        param_bytes: of a number as parameters and activations are computed with.
+        param_bytes: of a number as parameters and activations are computed with; weights in few bits stay so.
         reduce_bytes: of a number as gradients are summed over ranks.
         stops_early: a layer is recomputed only as far as its backward pass needs.
         has_balance_loss: whether routers add one.
@@ -107,7 +108,7 @@ def axes_of(degrees: Degrees, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def step_traffic(
-    spec: DecoderSpec,
+    model: Decoder,
     degrees: Degrees,
     step: Step,
     rank: int = 0,
@@ -117,18 +118,23 @@ def step_traffic(
 ) -> list[Traffic]:
     """Everything that `rank` sends in one optimizer step.
 
+    What is frozen is gathered, and has no gradients. These are taken to be computed of all queries, keys and values of
+    a layer, or of none of them.
+
     Args:
+        model: the whole, converted and not distributed; on the meta device.
         stages: of the pipeline, if there is one.
         rows: of every MoE layer of this rank, over all microbatches; None takes all experts to be equally popular.
     """
     tally = _Tally(axes_of(degrees, rank), rank)
-    job = _Job(spec, degrees, step, _part(spec, stages, tally.place(PIPELINE)))
-    parameters = local_parameters(spec, degrees, None if stages is None else job.part)
+    job = _Job(model.spec, degrees, step, _part(model.spec, stages, tally.place(PIPELINE)), gradient_flow(model))
+    parameters = local_parameters(model, degrees, None if stages is None else job.part)
     _parameters(tally, job, parameters)
     _rows_to_experts(tally, job, rows)
     _tokens_for_heads(tally, job)
     _tokens_of_a_layer(tally, job)
     _tokens_of_an_expert(tally, job)
+    _norms_of_rows(tally, job, parameters)
     _words(tally, job)
     if stages is not None:
         _hidden_states(tally, job, stages)
@@ -139,17 +145,15 @@ def step_traffic(
     return tally.traffic
 
 
-def num_host_waits(
-    spec: DecoderSpec, degrees: Degrees, step: Step, rank: int = 0, *, stages: Stages | None = None
-) -> int:
+def num_host_waits(model: Decoder, degrees: Degrees, step: Step, rank: int = 0, *, stages: Stages | None = None) -> int:
     """How often a host waits for its device in an optimizer step that is not logged.
 
     Where experts are on several ranks, once for each MoE layer and forward pass: the host must know how many rows come
     and go. Of recomputation only that by operation asks again. And once for each forward pass through a part of the
     model whose attention cuts sequences into chunks.
     """
-    place = axes_of(degrees, rank)[PIPELINE].index(rank)
-    job = _Job(spec, degrees, step, _part(spec, stages, place))
+    spec, place = model.spec, axes_of(degrees, rank)[PIPELINE].index(rank)
+    job = _Job(spec, degrees, step, _part(spec, stages, place), gradient_flow(model))
     waits = [layer.num_agreements for layer in job.layers() if isinstance(layer.spec.feed_forward, MoE)]
     num_waits = sum(waits) if degrees.ep > 1 else 0
     for part in [job.part] if stages is None else [stages.parts[stage] for stage in stages.of(place)]:
@@ -167,6 +171,7 @@ class _Layer:
     """A layer of this rank; how often ranks agree on numbers of rows in its forward passes, and tokens travel."""
 
     spec: LayerSpec
+    flow: Flow
     num_agreements: int
     num_exchanges: int
 
@@ -177,13 +182,18 @@ class _Job:
     degrees: Degrees
     step: Step
     part: Part
+    flows: Sequence[Flow]
 
     def layers(self) -> list[_Layer]:
         step = self.step
         again = recomputed_blocks(len(self.spec.layers), step.recompute, step.recompute_option)
         # By operation, tokens from other ranks are kept; otherwise, numbers that the host was told.
-        num_agreements = 2 if step.recompute == "selective" and step.recompute_option == "op" else 1
-        return [_Layer(self.spec.layers[index], num_agreements, 2 if again[index] else 1) for index in self.part.layers]
+        by_op = step.recompute == "selective" and step.recompute_option == "op"
+        return [
+            _Layer(self.spec.layers[index], flow, 1 + (by_op and flow.output), 1 + (again[index] and flow.output))
+            for index, flow in enumerate(self.flows)
+            if index in self.part.layers
+        ]
 
     @property
     def num_tokens(self) -> int:
@@ -239,12 +249,16 @@ def _parameters(tally: _Tally, job: _Job, parameters: Sequence[LocalParameter]) 
     for what, members in groups.items():
         axis, step = members[0].axis, job.step
         num_shards = tally.num_ranks(axis)
-        num_padded = sum(member.num_padded(num_shards) for member in members)
-        gathers = [num_padded * step.param_bytes] * _num_gathers(what, job)
-        tally.add("all-gather", axis, f"parameters of {what}", gathers)
-        tally.add("reduce-scatter", axis, f"gradients of {what}", [num_padded * step.reduce_bytes])
-        shard = num_padded // num_shards * step.reduce_bytes
-        tally.add("all-reduce", REPLICATE, f"gradients of {what}", [shard])
+        gathered = [
+            member.num_padded(num_shards)
+            * (step.param_bytes if member.dtype.is_floating_point else member.dtype.itemsize)
+            for member in members
+        ]
+        tally.add("all-gather", axis, f"parameters of {what}", [sum(gathered)] * _num_gathers(what, job))
+        learnt = sum(member.num_padded(num_shards) for member in members if member.learns) * step.reduce_bytes
+        if learnt:
+            tally.add("reduce-scatter", axis, f"gradients of {what}", [learnt])
+            tally.add("all-reduce", REPLICATE, f"gradients of {what}", [learnt // num_shards])
 
 
 def _num_gathers(group: str, job: _Job) -> int:
@@ -259,13 +273,21 @@ def _num_gathers(group: str, job: _Job) -> int:
         frees = False
     if job.degrees.pp > 1:
         return times + 1 if frees else 1
-    return 2 * times if frees else times
+    return 2 * times if frees and _is_gathered_backward(group, job.flows) else times
+
+
+def _is_gathered_backward(group: str, flows: Sequence[Flow]) -> bool:
+    """For a backward pass of its own; or for none, since FSDP2 gathers a group while the next one goes backward."""
+    if group in ENDS:
+        return group != ENDS[0] or flows[0].output
+    layer = int(group.rpartition(" ")[2])
+    return flows[layer].output or (group == f"layer {layer}" and flows[min(layer + 1, len(flows) - 1)].output)
 
 
 def _replicated_gradients(tally: _Tally, parameters: Sequence[LocalParameter]) -> None:
     """Summed once per step over the ranks that have the same parameters and different tokens, heads or hidden units."""
     for axis in (TENSOR, EXPERT_TENSOR):
-        members = [parameter for parameter in parameters if parameter.addends == axis]
+        members = [parameter for parameter in parameters if parameter.learns and parameter.addends == axis]
         sizes = [member.num_owned(tally.num_ranks(member.axis), tally.place(member.axis)) for member in members]
         if sum(sizes):
             tally.add("all-reduce", axis, "gradients of what is not split", [sum(sizes) * _FLOAT32])
@@ -273,8 +295,9 @@ def _replicated_gradients(tally: _Tally, parameters: Sequence[LocalParameter]) -
 
 def _tied_gradient(tally: _Tally, job: _Job, parameters: Sequence[LocalParameter]) -> None:
     """Pipeline: the first and the last rank tell each other the gradient of the weight that both have."""
-    weights = [parameter for parameter in parameters if parameter.name == "tok_embeddings.weight"]
-    for weight in weights if job.spec.tie_embeddings else []:
+    for weight in parameters:
+        if weight.name != "tok_embeddings.weight" or not (job.spec.tie_embeddings and weight.learns):
+            continue
         size = weight.num_owned(tally.num_ranks(weight.axis), tally.place(weight.axis))
         if size:
             tally.add("send", PIPELINE, "gradient of a tied embedding", [size * _FLOAT32])
@@ -303,20 +326,22 @@ def _rows_to_experts(tally: _Tally, job: _Job, rows: Sequence[Rows] | None) -> N
         even = Fraction(job.num_tokens * job.degrees.etp * times * moe.top_k * (num_ranks - 1), num_ranks)
         routed = Rows(even, even) if given is None else next(given)
         # Gradients travel against what they are gradients of.
-        there = layer.num_exchanges * routed.leaving + routed.arriving
-        back = layer.num_exchanges * routed.arriving + routed.leaving
-        num_calls = (layer.num_exchanges + 1) * times
+        there = layer.num_exchanges * routed.leaving + layer.flow.feed_forward * routed.arriving
+        back = layer.num_exchanges * routed.arriving + layer.flow.output * routed.leaving
+        calls_there, calls_back = (
+            (layer.num_exchanges + has) * times for has in (layer.flow.feed_forward, layer.flow.output)
+        )
         counts = [moe.num_experts * _INT64] * (layer.num_agreements * times)
         tally.add("all-to-all", EXPERT, "how many rows come", counts)
-        tally.add_sent("all-to-all", EXPERT, "rows to their experts", num_calls, there * job.token_bytes)
-        tally.add_sent("all-to-all", EXPERT, "weights of rows", num_calls, there * _FLOAT32)
-        tally.add_sent("all-to-all", EXPERT, "results of experts", num_calls, back * job.token_bytes)
+        tally.add_sent("all-to-all", EXPERT, "rows to their experts", calls_there, there * job.token_bytes)
+        tally.add_sent("all-to-all", EXPERT, "weights of rows", calls_there, there * _FLOAT32)
+        tally.add_sent("all-to-all", EXPERT, "results of experts", calls_back, back * job.token_bytes)
 
 
 def _tokens_for_heads(tally: _Tally, job: _Job) -> None:
     """Context parallelism: queries, keys and values of a rank's tokens for all tokens of some heads, and back."""
     for layer in job.layers():
-        num_calls = (layer.num_exchanges + 1) * job.step.num_microbatches
+        num_calls = (layer.num_exchanges + layer.flow.heads) * job.step.num_microbatches
         for channels in _exchanged_channels(layer.spec, job.degrees.cp, job.degrees.tp):
             message = job.num_tokens * job.degrees.tp * channels * job.step.param_bytes
             tally.add("all-to-all", CONTEXT, "tokens for heads", [message] * num_calls)
@@ -342,26 +367,28 @@ def _tokens_of_a_layer(tally: _Tally, job: _Job) -> None:
     """Tensor parallelism: the tokens of all ranks for a part of the layer, and the sum of the parts on the way back."""
     num_tokens, times = job.num_tokens * job.degrees.tp, job.step.num_microbatches
     for layer in job.layers():
-        num_forward, feed_forward = layer.num_exchanges * times, layer.spec.feed_forward
-        for channels in _gathered_channels(job.spec, layer.spec, job.degrees.tp):
+        num_forward, feed_forward, flow = layer.num_exchanges * times, layer.spec.feed_forward, layer.flow
+        for channels, has_gradient in _gathered_channels(job.spec, layer, job.degrees.tp):
             message = num_tokens * channels * job.step.param_bytes
-            tally.add_gather(TENSOR, "tokens of a layer", message, num_forward, times)
+            tally.add_gather(TENSOR, "tokens of a layer", message, num_forward, has_gradient * times)
         hidden = num_tokens * job.token_bytes
-        tally.add_sum(TENSOR, "sums of a layer's parts", hidden, num_forward, times)
+        tally.add_sum(TENSOR, "sums of a layer's parts", hidden, num_forward, flow.feed_forward * times)
         if not isinstance(feed_forward, MoE) or feed_forward.shared is not None:
             is_last = not isinstance(feed_forward, MoE)
-            tally.add_gather(TENSOR, "tokens of a layer", hidden, num_forward, times)
+            tally.add_gather(TENSOR, "tokens of a layer", hidden, num_forward, flow.feed_forward * times)
             num_sums = times if is_last and job.step.stops_early else num_forward
-            tally.add_sum(TENSOR, "sums of a layer's parts", hidden, num_sums, times)
+            tally.add_sum(TENSOR, "sums of a layer's parts", hidden, num_sums, flow.output * times)
 
 
-def _gathered_channels(spec: DecoderSpec, layer: LayerSpec, num_ranks: int) -> list[int]:
-    """Channels per token that attention gathers: its input, or what is narrower; keys and values that are not split."""
-    attention = layer.attention
+def _gathered_channels(spec: DecoderSpec, layer: _Layer, num_ranks: int) -> list[tuple[int, bool]]:
+    """Channels per token that attention gathers, and whether they have a gradient: those of its input, or of what is
+    narrower; of keys and values that are not split."""
+    attention, flow = layer.spec.attention, layer.flow
     if isinstance(attention, GroupedQuery):
-        keys = attention.num_kv_heads * attention.head_dim
-        return [spec.dim, *([] if attention.num_kv_heads % num_ranks == 0 else [keys, keys])]
-    return [attention.q_lora_rank or spec.dim, attention.kv_lora_rank + attention.rope.dim]
+        keys = (attention.num_kv_heads * attention.head_dim, flow.latents)
+        return [(spec.dim, flow.attention), *([] if attention.num_kv_heads % num_ranks == 0 else [keys, keys])]
+    queries = (attention.q_lora_rank, flow.latents) if attention.q_lora_rank else (spec.dim, flow.attention)
+    return [queries, (attention.kv_lora_rank + attention.rope.dim, flow.latents)]
 
 
 def _tokens_of_an_expert(tally: _Tally, job: _Job) -> None:
@@ -372,11 +399,25 @@ def _tokens_of_an_expert(tally: _Tally, job: _Job) -> None:
         if not isinstance(moe, MoE):
             continue
         tokens, slots = num_tokens * job.token_bytes, num_tokens * moe.top_k
-        tally.add_gather(EXPERT_TENSOR, "tokens of an expert", tokens, num_forward, times)
-        tally.add_gather(EXPERT_TENSOR, "weights of rows", slots * _FLOAT32, num_forward, times)
+        num_backward = layer.flow.feed_forward * times
+        tally.add_gather(EXPERT_TENSOR, "tokens of an expert", tokens, num_forward, num_backward)
+        tally.add_gather(EXPERT_TENSOR, "weights of rows", slots * _FLOAT32, num_forward, num_backward)
         tally.add("all-gather", EXPERT_TENSOR, "choices of experts", [slots * _INT64] * num_forward)
         num_sums = times if job.step.stops_early else num_forward
-        tally.add_sum(EXPERT_TENSOR, "sums of an expert's parts", tokens, num_sums, times)
+        tally.add_sum(EXPERT_TENSOR, "sums of an expert's parts", tokens, num_sums, layer.flow.output * times)
+
+
+def _norms_of_rows(tally: _Tally, job: _Job, parameters: Sequence[LocalParameter]) -> None:
+    """DoRA: of a module whose inputs are split, the squares of its rows are added up in every forward pass."""
+    layers = dict(zip(job.part.layers, job.layers(), strict=True))
+    for parameter in parameters:
+        module, name = parameter.name.split(".")[-2:]
+        if not (name == "down_lora_magnitude" or (name == "lora_magnitude" and module in ("o_proj", "down_proj"))):
+            continue
+        layer = layers[int(parameter.name.split(".")[1])]
+        num_forward = (layer.num_exchanges + layer.num_agreements - 1) * job.step.num_microbatches
+        norms = [math.prod(parameter.shape) * _FLOAT32] * num_forward
+        tally.add("all-reduce", parameter.addends, "norms of rows", norms)
 
 
 def _words(tally: _Tally, job: _Job) -> None:
@@ -384,7 +425,7 @@ def _words(tally: _Tally, job: _Job) -> None:
     num_tokens, times = job.num_tokens * job.degrees.tp, job.step.num_microbatches
     hidden = num_tokens * job.token_bytes
     if job.part.embeds:
-        tally.add_sum(TENSOR, "embedded tokens", hidden, times, times)
+        tally.add_sum(TENSOR, "embedded tokens", hidden, times, job.flows[0].attention * times)
     if job.part.projects:
         tally.add_gather(TENSOR, "last hidden states", hidden, times, times)
         tally.add("all-gather", TENSOR, "logits' sums", [2 * num_tokens * _FLOAT32 * job.degrees.tp] * times)

@@ -46,7 +46,7 @@ from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 from titanmoe.parallel.pipeline import Pipeline
 from titanmoe.parallel.ranks import Ranks
-from titanmoe.parallel.stages import plan_stages
+from titanmoe.parallel.stages import Stages, plan_stages
 from titanmoe.parallel.world import close_world, init_world, max_over_ranks, world_size_from_env
 from titanmoe.training.balance import ExpertBalance
 from titanmoe.training.determinism import set_deterministic, set_seed
@@ -211,27 +211,15 @@ class Job:
         return num_steps
 
     def _build_model(self) -> tuple[Decoder, Step]:
-        """What this rank has of the model, and what computes with it."""
+        """What this rank has of the model, and what computes with it. The rest of it stays on the meta device."""
         config, stages, rank = self.config, self.stages, self.mesh.pipeline_rank
-        dtype, param_dtype = DTYPES[config.training.dtype], DTYPES[config.training.mixed_precision_param]
+        dtype = DTYPES[config.training.dtype]
         if config.checkpoint.last_save_in_hf:
             check_exportable(build_model(self.spec, dtype=dtype), self.family, self.spec)
-        model = build_model(self.spec, dtype=dtype, part=None if stages is None else stages.on(rank))
-        self._convert(model)
-        parts = parallelize(
-            model,
-            self.mesh,
-            param_dtype=param_dtype,
-            reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
-            accumulates=self.num_microbatches > 1,
-            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
-            recompute=config.activation_checkpoint,
-            compile_backend=config.compile.backend
-            if config.compile.enable and "model" in config.compile.components
-            else None,
-            cpu_offload=config.training.enable_cpu_offload,
-            parts=[] if stages is None else [stages.parts[stage] for stage in stages.of(rank)],
-        )
+        self.whole = build_model(self.spec, dtype=dtype)
+        self._convert(self.whole)
+        model = self.whole if stages is None else self.whole.view(stages.on(rank))
+        parts = spread(model, self.mesh, config, self.num_microbatches, stages)
         materialize(model, "cpu" if config.training.enable_cpu_offload else self.world.device)
         move_buffers(model, self.world.device)
         init_weights(model, self.seed)
@@ -251,7 +239,7 @@ class Job:
             file=config.parallelism.pipeline_parallel_schedule_csv or "",
             num_microbatches=self.num_microbatches,
             hidden_shape=(microbatch_size(config), seq_len // (degrees.cp * degrees.tp), self.spec.dim),
-            dtype=param_dtype,
+            dtype=DTYPES[config.training.mixed_precision_param],
             device=self.world.device,
         )
         return model, PipelinedStep(model, pipeline, self.world.device, num_parts=degrees.tp)
@@ -265,7 +253,8 @@ class Job:
         from titanmoe.converters.apply import convert  # imports torchao, which takes its time
 
         conversion = self.ranks.on_each(partial(convert, model, config.converters, self.config, self.world.device))
-        for line in [*conversion.summary, *(conversion.table() if config.print_after_conversion else [])]:
+        tells_all = config.print_after_conversion or "lora" in config.converters
+        for line in [*conversion.summary, *(conversion.table() if tells_all else [])]:
             self.ranks.log(logging.INFO, line)
 
     def _choose_grouped_kernel(self, model: Decoder) -> None:
@@ -391,6 +380,25 @@ class Job:
     def _closing(self, part: Closable) -> Closable:
         self._closers.append(part.close)
         return part
+
+
+def spread(
+    model: Decoder, mesh: Mesh, config: JobConfig, num_microbatches: int, stages: Stages | None = None
+) -> list[Decoder]:
+    """Parallelise as the config says, what this rank has of a model; see `parallelize`."""
+    compiles = config.compile.enable and "model" in config.compile.components
+    return parallelize(
+        model,
+        mesh,
+        param_dtype=DTYPES[config.training.mixed_precision_param],
+        reduce_dtype=DTYPES[config.training.mixed_precision_reduce],
+        accumulates=num_microbatches > 1,
+        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
+        recompute=config.activation_checkpoint,
+        compile_backend=config.compile.backend if compiles else None,
+        cpu_offload=config.training.enable_cpu_offload,
+        parts=[] if stages is None else [stages.parts[stage] for stage in stages.of(mesh.pipeline_rank)],
+    )
 
 
 def _import(name: str) -> None:

@@ -61,7 +61,7 @@ class Trainer(Job):
             describe_run(
                 config,
                 self.family.name,
-                self.spec,
+                self.whole,
                 self.mesh.describe(),
                 self.world.device,
                 num_devices=self.world.size,
@@ -70,7 +70,9 @@ class Trainer(Job):
                 first_step=self.first_step,
             )
         )
-        self.timer = StepTimer(work_per_token(config, self.spec, self.world.device, self.world.size), self.world.device)
+        self.timer = StepTimer(
+            work_per_token(config, self.whole, self.world.device, self.world.size), self.world.device
+        )
         garbage = self._closing(GarbageCollection(config.training.gc_freq))
         profiler = self._build_profiler()
         told_to_stop = sum_over_ranks(int(self.stop.requested)) != [0]

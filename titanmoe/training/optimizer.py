@@ -44,9 +44,9 @@ def build_optimizer(
     groups = parameter_groups(model, weight_decay)
     if not groups:
         raise ConfigError(
-            "no parameter of the model requires a gradient",
+            "no parameter of the model, or of a stage of a pipeline, requires a gradient",
             where="optimizer",
-            mend="train the model itself, or add adapters with model.converters",
+            mend="train the model itself, or add adapters with model.converters, to modules of every stage",
         )
     if name == "AdamW":
         flags: dict[str, Any] = {"fused": implementation == "fused", "foreach": implementation == "foreach"}

@@ -7,8 +7,6 @@ from typing import Literal
 
 from titanmoe.config.keys import key
 
-SCALED = "scaled"
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
@@ -30,13 +28,16 @@ class LoRA:
     """Also train the norm of each row of a weight, apart from its direction (DoRA)."""
 
     target_modules: tuple[str, ...] = ()
-    """Modules to adapt, named by segments of their paths; all linear layers and experts if there are none."""
+    """Modules to adapt, named by segments of their paths; all linear layers and experts if there are none. One of the
+    weights of experts is `experts.gate_up_proj` or `experts.down_proj`."""
 
-    expert_rank: str = SCALED
-    """Rank of the additions to each expert: `scaled`, which is rank // experts per token, or a number in quotes."""
+    expert_rank: Literal["scaled"] | int = key("scaled", at_least=1)
+    """Rank of the additions to each expert: a number, or `scaled`, which is rank // experts per token."""
 
-    init: Literal["kaiming"] = "kaiming"
-    """First values of A: uniform within 1 / sqrt(inputs) of zero. Those of B are zero."""
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    """First values, whose product is zero. `kaiming`: A is uniform within 1 / sqrt(inputs) of zero, B is zero;
+    `gaussian`: A is normal with standard deviation 1 / rank, B is zero; `orthogonal`: every second rank of A and every
+    other of B are normal with standard deviation 0.1."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the adapters as they are stored and updated."""

@@ -30,7 +30,8 @@ class Model:
     `quantize.frozen.mx`, `quantize.frozen.nf4`, `lora` (the last). Each has a section of this name."""
 
     print_after_conversion: bool = False
-    """Print a table of what each product became, on which backend, and why others stayed as they were."""
+    """Print a table of what each product became, on which backend, and why others stayed as they were. With `lora` it
+    is always printed."""
 
 
 @dataclass(frozen=True, kw_only=True)

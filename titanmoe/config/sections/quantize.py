@@ -138,6 +138,11 @@ class FrozenFloat8:
     filter_fqns: tuple[str, ...] = ()
     """Those of them to leave as they are."""
 
+    backend: Literal["auto", "native", "dequantize", "emulated"] = "auto"
+    """What multiplies: FP8 kernels that take the codes as they are and round what they are multiplied with (`native`);
+    or products with pieces of the weight that are dequantised for them. `auto` takes native ones where, tried, they are
+    right and faster. `emulated`: their numbers without the hardware, slowly."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenMX:

@@ -36,10 +36,12 @@ class Experts(nn.Module):
     hidden_dims: of each parameter, the dim of the hidden units, None where it has none. Dim 0 is that of experts.
     num_addends: of how many processes' outputs the sum is taken; each of them adds that part of `down_bias`.
     sum_addends: sums something over these processes; None if this is the only one.
+    adapter_init: how the first values of their adapters are drawn, see `init_adapters`.
     """
 
     num_addends = 1
     sum_addends: Callable[[Tensor], Tensor] | None = None
+    adapter_init = "kaiming"
 
     def __init__(self, dim: int, spec: MoE) -> None:
         super().__init__()
