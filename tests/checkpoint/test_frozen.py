@@ -13,8 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.checkpoint.memory import forget_peak, needs_proc, status_mib
 from tests.checkpoint.quantized_files import Checkpoint, random_weights, write_folder
@@ -25,16 +23,21 @@ from titanmoe.benchmarks.load import _write_checkpoint
 from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.job_config import JobConfig
+from titanmoe.config.sizes import Degrees
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.family import get_family
 from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
 from titanmoe.ops.frozen_storage import Stored
+from titanmoe.parallel.mesh import Mesh
+from titanmoe.parallel.parallelize import parallelize
 
 _ATTENTION = GroupedQuery(4, 2, 32, Rope(32, 1e4), qk_norm=True)
 _LAYERS = (LayerSpec(_ATTENTION, MoE(3, 2, 160, Router())), LayerSpec(_ATTENTION, Dense(288)))
 SPEC = DecoderSpec(dim=192, vocab_size=97, layers=_LAYERS, family="qwen3")
 """Blocks of 128 x 128 are cut off along most sides; all inputs are multiples of 32."""
+
+_EVEN = replace(SPEC, vocab_size=98, layers=(replace(_LAYERS[0], feed_forward=MoE(4, 2, 160, Router())), _LAYERS[1]))
 
 CHANNEL, BLOCK, MX, NF4 = "channel", "block", "mx", "nf4"
 FORMATS = [CHANNEL, BLOCK, MX, NF4]
@@ -106,10 +109,10 @@ def test_stacked_and_transposed_files(family: str, format: str, tmp_path: Path) 
     _assert_equal(model, expected)
 
 
-def _fp8_folder(folder: Path, format: str, plain: str = "") -> tuple[Path, Checkpoint]:
+def _fp8_folder(folder: Path, format: str, plain: str = "", spec: DecoderSpec = SPEC) -> tuple[Path, Checkpoint]:
     """Qwen3's FP8 release, or compressed-tensors with a scale per output; some layers may be in bfloat16."""
     checkpoint, family = Checkpoint(), get_family("qwen3")
-    for key, weight in random_weights(family, SPEC).items():
+    for key, weight in random_weights(family, spec).items():
         if "_proj" not in key or (plain and plain in key):
             checkpoint.add_plain(key, weight)
         elif format == BLOCK:
@@ -117,7 +120,7 @@ def _fp8_folder(folder: Path, format: str, plain: str = "") -> tuple[Path, Check
         else:
             checkpoint.add_fp8(key, weight, (1, weight.shape[1]), key + "_scale")
     quantization = QWEN3_FP8 if format == BLOCK else compressed_tensors()
-    config = family.to_hf_config(SPEC, "bfloat16") | {"quantization_config": quantization}
+    config = family.to_hf_config(spec, "bfloat16") | {"quantization_config": quantization}
     return write_folder(folder, config, checkpoint.files), checkpoint
 
 
@@ -201,26 +204,35 @@ def test_missing_weights_are_named_as_files_name_them(tmp_path: Path) -> None:
         load_hf_weights(_noise(SPEC, NF4), folder, get_family("qwen3"))
 
 
-def _sharded(folder: Path, format: str) -> list[str]:
-    """Parts cut by FSDP wherever they may be: along experts that are not even, through blocks."""
-    mesh = init_device_mesh("cpu", (2,))
-    model = _freeze(build_model(SPEC), format)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in model.blocks():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+def _sharded(folder: Path, format: str, degrees: Degrees) -> list[str]:
+    """Parts cut wherever they may be: along experts that are not even, through blocks."""
+    model = _freeze(build_model(SPEC if degrees == _FSDP else _EVEN), format)
+    mesh = Mesh.build(torch.device("cpu"), degrees)
+    parallelize(model, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     materialize(model, "cpu")
     load_hf_weights(model, folder, get_family("qwen3"))
-    whole = _noise(SPEC, format)
+    whole = _noise(model.spec, format)
     load_hf_weights(whole, folder, get_family("qwen3"))
     theirs = whole.state_dict()
     return [name for name, ours in model.state_dict().items() if not torch.equal(full_tensor(ours), theirs[name])]
 
 
-@each_format
-def test_sharded(format: str, tmp_path: Path) -> None:
-    folder = _fp8_folder(tmp_path / "hf", BLOCK)[0] if format == BLOCK else _saved(tmp_path / "hf")
-    assert run_ranks(_sharded, 2, folder, format) == [[], []]
+_FSDP, _EP, _TP = Degrees(dp_shard=2), Degrees(dp_shard=4, ep=2), Degrees(tp=2, etp=2)
+
+
+@pytest.mark.parametrize(
+    ("format", "degrees"),
+    [*((format, degrees) for format in FORMATS for degrees in (_FSDP, _EP)), (CHANNEL, _TP)],
+    ids=str,
+)
+def test_sharded(format: str, degrees: Degrees, tmp_path: Path) -> None:
+    spec = SPEC if degrees == _FSDP else _EVEN
+    if format in (CHANNEL, BLOCK):
+        folder = _fp8_folder(tmp_path / "hf", format, spec=spec)[0]
+    else:
+        folder = _saved(tmp_path / "hf", spec)
+    num_ranks = degrees.dp_shard * degrees.tp
+    assert run_ranks(_sharded, num_ranks, folder, format, degrees) == [[]] * num_ranks
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import titanmoe.converters.frozen
 from tests.models.kinds import KINDS, WIDE
@@ -89,7 +89,7 @@ def test_bytes(case: str) -> None:
 def _live_bytes() -> int:
     """Of all tensors that there are."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and each.device.type == "cpu"]
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and each.device.type == "cpu"]
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 

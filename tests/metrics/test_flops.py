@@ -73,6 +73,16 @@ def rows_times_frozen(x, parts, offsets, num_rows, format_name, *, transpose, ou
     return 2 * x[0] * x[1] * out_shape[1]
 
 
+def add_low_rank(x, a, b, y, w, *args, **kwargs):
+    return sum(rows_times_weights(x, each) for each in (a, w) if each) + rows_times_weights([x[0], b[1]], b)
+
+
+def low_rank_gradients(dy, x, h, a, b, w, offsets, num_rows, wants, **kwargs):
+    of_a, of_b = 2 * h[0] * h[1] * x[1], 2 * h[0] * h[1] * dy[1]
+    into_h = of_b * (wants[0] or wants[1])
+    return into_h + wants[0] * (of_a + (rows_times_weights(x, w) if w else 0)) + wants[1] * of_a + wants[2] * of_b
+
+
 def rows_times_rows(dy, x, *args, **kwargs):
     return 2 * dy[0] * dy[1] * x[1]
 
@@ -84,7 +94,8 @@ def counter():
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
         torch.ops.titanmoe.rows_times_weights: rows_times_weights,
         torch.ops.titanmoe.rows_times_rows: rows_times_rows,
-        torch.ops.titanmoe.add_rows_times_weights: lambda y, h, b, *args, **kwargs: rows_times_weights(h, b),
+        torch.ops.titanmoe.add_low_rank: add_low_rank,
+        torch.ops.titanmoe.low_rank_gradients: low_rank_gradients,
         torch.ops.titanmoe.rows_times_frozen: rows_times_frozen,
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)

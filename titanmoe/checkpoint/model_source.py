@@ -209,17 +209,20 @@ def _run_checkpoint(
     base = None if manifest.base is None else str(base_folder or manifest.base.path)
 
     def fill(model: Decoder) -> None:
+        wanted = named_model_tensors(model, trained_only=base is not None)
+        check_match(step_folder, stored, wanted, ["model"], _ALONE)
         if manifest.base is not None and base is not None:
             manifest.base.check(BaseModel.of(base))
             load_hf_weights(model, base, family, on_progress=partial(on_progress, "read") if on_progress else None)
-        read(named_model_tensors(model, trained_only=base is not None))
+        read(wanted)
 
     def fill_adapters(model: Decoder) -> None:
-        read({f"model.{name}": tensor for name, tensor in adapter_tensors(model).items()}, is_adapter)
-
-    def read(wanted: Mapping[str, Tensor], counts: Callable[[str], bool] = lambda name: True) -> None:
-        there = {name: tensor for name, tensor in stored.items() if counts(name)}
+        wanted = {f"model.{name}": tensor for name, tensor in adapter_tensors(model).items()}
+        there = {name: tensor for name, tensor in stored.items() if is_adapter(name)}
         check_match(step_folder, there, wanted, ["model"], _ALONE)
+        read(wanted)
+
+    def read(wanted: Mapping[str, Tensor]) -> None:
         logger.info("Reading step %d from %s", manifest.step, step_folder)
         try:
             load_shards(step_folder, {name: Shard.of(tensor) for name, tensor in wanted.items()}, metadata, _ALONE)

@@ -15,14 +15,20 @@ from titanmoe.ops.native_float8 import Float8GroupedKernels, Float8LinearKernels
 from titanmoe.ops.probe import probe
 
 # Codes are stored as e4m3fn, which an MI300 (gfx942) does not multiply.
-_LINEAR = replace(BACKENDS["linear", "float8"][0], archs=("gfx950",))
-_GROUPED = replace(BACKENDS["grouped_mm", "float8"][0], archs=())
+_LINEAR = replace(
+    BACKENDS["linear", "float8"][0],
+    hardware="an NVIDIA GPU of compute capability 8.9 or later (L40S, H100, B200), or an AMD MI350",
+    archs=("gfx950",),
+)
+_GROUPED = replace(
+    BACKENDS["grouped_mm", "float8"][0], hardware="an NVIDIA GPU of compute capability 9.0 (H100, H200)", archs=()
+)
 _BLOCKS = replace(
-    _LINEAR,
+    _GROUPED,
     name=BlockLinearKernels.name,
-    hardware="an NVIDIA GPU of compute capability 9.0 (H100, H200), and CUDA 12.9 or later",
+    hardware=f"{_GROUPED.hardware}, and CUDA 12.9 or later",
     capabilities=((9, 0), (9, 0)),
-    archs=(),
+    broken=(),
 )
 NATIVE: Mapping[tuple[Kind, str], tuple[Backend, Callable[[], FrozenKernels]]] = MappingProxyType(
     {
