@@ -81,7 +81,7 @@ def test_a_tied_parameter_counts_once() -> None:
 
 
 def test_nothing_to_train() -> None:
-    with pytest.raises(ConfigError, match="no parameter of the model.* requires a gradient"):
+    with pytest.raises(ConfigError, match=r"no parameter of the model.* requires a gradient"):
         build_optimizer(Tiny().requires_grad_(False), name="AdamW", implementation="fused", **SETTINGS)
 
 
