@@ -31,8 +31,8 @@ def run_job(config: JobConfig, folder: Path | None = None) -> list[dict[str, Any
     """
     given = config.checkpoint
     loads = given.initial_load_in_hf
-    path = given.initial_load_path if loads else None
-    checkpoint = type(given)(enable=loads, initial_load_in_hf=loads, initial_load_path=path, load_only=loads)
+    weights = given.initial_load_path if loads else None
+    checkpoint = type(given)(enable=loads, initial_load_in_hf=loads, initial_load_path=weights, load_only=loads)
     with tempfile.TemporaryDirectory() as temporary:
         config = replace(
             config,
