@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanmoe.config import ConfigError, load_config
-from titanmoe.config.sections.quantize import CONVERTERS as CONVERTER_NAMES
 from titanmoe.converters.apply import CONVERTERS
 from titanmoe.converters.low_precision import LowPrecision
 from titanmoe.ops.grouped_mm import PlainGroupedProduct
@@ -111,7 +110,7 @@ def contenders(device: torch.device, left_out: dict[str, str]) -> Iterator[Conte
     yield Contender("linear", "bfloat16", "torch", F.linear, rounds=(False, False))
     yield Contender("experts", "bfloat16", "torch", PlainGroupedProduct(), rounds=(False, False))
     defaults = load_config(None, [])
-    for name in CONVERTER_NAMES:
+    for name in (name for name, kind in CONVERTERS.items() if issubclass(kind, LowPrecision)):
         hints = get_type_hints(type(functools.reduce(getattr, name.split("."), defaults)))
         for backend in _choices(hints["backend"]):
             for recipe in _choices(hints["recipe_name"]):

@@ -8,13 +8,13 @@ from html import escape
 
 from titanmoe.metrics.chart import WIDTH, Series, line_chart
 
-_LIGHT = ("#0969da", "#d1570b", "#1a7f37", "#8250df")
-_DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff")
+_LIGHT = ("#0969da", "#d1570b", "#1a7f37", "#8250df", "#bf3989", "#9a6700")
+_DARK = ("#58a6ff", "#f0883e", "#3fb950", "#bc8cff", "#f778ba", "#d29922")
 _LETTER_PX = 7
 
 
 def picture(title: str, series: Sequence[Series]) -> str:
-    """`line_chart` with its legend inside, in light or dark as the reader's system is; at most four series."""
+    """`line_chart` with its legend inside, in light or dark as the reader's system is; at most six series."""
     chart = line_chart(title, series, label=lambda value: f"{value:.4g}")
     found = re.search(r"<svg (.*?) data-series=.*?>\n(.*)</svg>", chart, re.DOTALL)
     assert found is not None, "line_chart draws one svg"

@@ -2,8 +2,8 @@
 (Liu et al., arXiv 2402.09353).
 
 y = base(x) + scale * (x A^T) B^T. The sum of the weights never exists: x and the narrow x A^T are what a backward
-pass needs beside the weights. Where the base is a plain product, it is one operation with the addition: what comes of
-an expert's rows is added to while it is in the cache, and so is the gradient of these rows.
+pass needs beside the weights. Where the base is a plain product, it is one operation with the addition, which is made
+in place, there and in the gradient of x; on the CPU while an expert's rows are in the cache.
 
 With DoRA every output is then multiplied with magnitude / |W + scale B A|, the norm of its row of weights, through
 which no gradient flows (section 4.3 of the paper). The norm is found without that sum, too:
@@ -30,6 +30,8 @@ from titanmoe.ops.grouped_mm import (
     GroupedProduct,
     Kernel,
     PlainGroupedProduct,
+    blocks,
+    expert_of_blocks,
     expert_rows,
     rows_times_rows,
     rows_times_weights,
@@ -232,13 +234,17 @@ class _AddLowRank(torch.autograd.Function):
         dy_RN = dy_RN.contiguous()
         a_ELK, b_ELN = _factors(a, b, scale, x_RK, kernel)
         wants_x, wants_a, wants_b = (wants_gradient(ctx, index) for index in range(3))
+        dx = da = db = None
         if offsets_E is None:
-            dx = dy_RN @ w if wants_x and w is not None else None
+            # The wide product first: what it reads is then in the cache, and what it wrote.
+            of_base = dy_RN @ w if wants_x and w is not None else None
             dh_RL = dy_RN @ b_ELN.t()
             if wants_x:
-                dx = dh_RL @ a_ELK if dx is None else dx.addmm_(dh_RL, a_ELK)
-            da = dh_RL.t() @ x_RK if wants_a else None
-            db = h_RL.t() @ dy_RN if wants_b else None
+                dx = dh_RL @ a_ELK if of_base is None else of_base.addmm_(dh_RL, a_ELK)
+            if wants_a:
+                da = dh_RL.t() @ x_RK
+            if wants_b:
+                db = h_RL.t() @ dy_RN
         else:
             dx, da, db = low_rank_gradients(
                 dy_RN, x_RK, h_RL, a_ELK, b_ELN, w, offsets_E, num_rows, [wants_x, wants_a, wants_b], kernel=kernel
@@ -259,13 +265,13 @@ def _factors(a: Tensor, b: Tensor, scale: float, x: Tensor, kernel: Kernel) -> t
     """
     a_ELK, b_ELN = a.to(x.dtype), (b * scale).to(x.dtype).mT.contiguous()
     missing = -a.shape[-2] % (_ALIGNMENT_BYTES // x.element_size())
-    if not missing or a.dim() == 2 or _goes_by_expert(x, kernel):
+    if not missing or a.dim() == 2 or (x.device.type == "cpu" and kernel != "torch"):
         return a_ELK, b_ELN
     return F.pad(a_ELK, (0, 0, 0, missing)), F.pad(b_ELN, (0, 0, 0, missing))
 
 
-def _goes_by_expert(x: Tensor, kernel: str) -> bool:
-    return x.device.type == "cpu" and kernel != "torch"
+def _goes_by_expert(x: Tensor, offsets_E: Tensor, a_ELK: Tensor, kernel: str) -> bool:
+    return x.device.type == "cpu" and kernel != "torch" and expert_of_blocks(x, offsets_E, a_ELK.shape[1:]) is None
 
 
 @torch.library.custom_op("titanmoe::add_low_rank", mutates_args=())
@@ -284,11 +290,12 @@ def add_low_rank(
 
     Beyond the last offset the first is what y is, and the second is not defined.
     """
-    if not _goes_by_expert(x_RK, kernel):
-        rows, transposed = (offsets_E, num_rows), {"transpose": True, "kernel": kernel}
-        h_RL = rows_times_weights(x_RK, a_ELK, *rows, **transposed)
-        added_RN = rows_times_weights(h_RL, b_ELN, *rows, transpose=False, kernel=kernel)
-        return added_RN.add_(rows_times_weights(x_RK, w_ENK, *rows, **transposed) if y_RN is None else y_RN), h_RL
+    if not _goes_by_expert(x_RK, offsets_E, a_ELK, kernel):
+        base_RN = y_RN
+        if base_RN is None:
+            base_RN = rows_times_weights(x_RK, w_ENK, offsets_E, num_rows, transpose=True, kernel=kernel)
+        h_RL = rows_times_weights(x_RK, a_ELK, offsets_E, num_rows, transpose=True, kernel=kernel)
+        return _plus(base_RN, h_RL, b_ELN, offsets_E, num_rows, kernel, in_place=y_RN is None), h_RL
     out_RN, h_RL = (x_RK.new_empty(x_RK.shape[0], columns) for columns in (b_ELN.shape[-1], a_ELK.shape[1]))
     for x, h, out, y, a, b, w in _by_expert(offsets_E, (x_RK, h_RL, out_RN, y_RN), (a_ELK, b_ELN, w_ENK)):
         torch.mm(x, a.t(), out=h)
@@ -322,19 +329,21 @@ def low_rank_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, a and b of `add_low_rank`; empty where they are not wanted. That of x includes `w_ENK`, if it is given."""
     wants_x, wants_a, wants_b = wants
-    dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
-    if not _goes_by_expert(x_RK, kernel):
+    if not _goes_by_expert(x_RK, offsets_E, a_ELK, kernel):
+        dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, (False, False, False))
         rows, straight = (offsets_E, num_rows), {"transpose": False, "kernel": kernel}
-        if wants_x or wants_a:
-            dh_RL = rows_times_weights(dy_RN, b_ELN, *rows, transpose=True, kernel=kernel)
-        if wants_x:
+        of_base_RK = rows_times_weights(dy_RN, w_ENK, *rows, **straight) if wants_x and w_ENK is not None else None
+        dh_RL = rows_times_weights(dy_RN, b_ELN, *rows, transpose=True, kernel=kernel)
+        if of_base_RK is not None:
+            dx_RK = _plus(of_base_RK, dh_RL, a_ELK, *rows, kernel, in_place=True)
+        elif wants_x:
             dx_RK = rows_times_weights(dh_RL, a_ELK, *rows, **straight)
-            dx_RK = dx_RK if w_ENK is None else dx_RK.add_(rows_times_weights(dy_RN, w_ENK, *rows, **straight))
         if wants_a:
             da_ELK = rows_times_rows(dh_RL, x_RK, offsets_E, kernel=kernel)
         if wants_b:
             db_ELN = rows_times_rows(h_RL, dy_RN, offsets_E, kernel=kernel)
         return dx_RK, da_ELK, db_ELN
+    dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
     rows_of_each = (dy_RN, x_RK, h_RL, dx_RK if wants_x else None)
     of_each = (a_ELK, b_ELN, w_ENK, da_ELK if wants_a else None, db_ELN if wants_b else None)
     for dy, x, h, dx, a, b, w, da, db in _by_expert(offsets_E, rows_of_each, of_each):
@@ -370,6 +379,18 @@ def _(
     kernel: str,
 ) -> tuple[Tensor, ...]:
     return _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
+
+
+def _plus(
+    y_RN: Tensor, h_RL: Tensor, b_ELN: Tensor, offsets_E: Tensor, num_rows: int, kernel: str, *, in_place: bool
+) -> Tensor:
+    """y[r] + h[r] @ b[e(r)], perhaps in the place of y."""
+    experts_b = expert_of_blocks(h_RL, offsets_E, b_ELN.shape[1:])
+    if experts_b is None or kernel == "torch":
+        return rows_times_weights(h_RL, b_ELN, offsets_E, num_rows, transpose=False, kernel=kernel).add_(y_RN)
+    y_RN = y_RN if in_place else y_RN.clone()
+    blocks(y_RN, experts_b).baddbmm_(blocks(h_RL, experts_b), b_ELN[experts_b])
+    return y_RN
 
 
 def _unfilled_gradients(

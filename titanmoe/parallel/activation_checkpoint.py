@@ -34,6 +34,7 @@ from titanmoe.config.errors import ConfigError
 from titanmoe.models.build import build_model
 from titanmoe.models.decoder import Decoder
 from titanmoe.ops.frozen_native import block_scaled_mm  # noqa: F401 - defines an operator named below
+from titanmoe.ops.low_rank import add_low_rank  # noqa: F401 - so does this
 from titanmoe.ops.native_float8 import scaled_rows_times_weights  # noqa: F401 - and so does this
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.expert import exchanging_dispatcher
@@ -55,6 +56,7 @@ _COSTLY = {
     torch.ops.aten._flash_attention_forward.default,
     torch.ops.titanmoe.rows_times_weights.default,
     torch.ops.titanmoe.rows_times_frozen.default,
+    torch.ops.titanmoe.add_low_rank.default,
     torch.ops.titanmoe.scaled_rows_times_weights.default,
     torch.ops.titanmoe.block_scaled_mm.default,
     torch.ops._c10d_functional.all_to_all_single.default,
@@ -199,6 +201,8 @@ class _Decisions:
 def _policy(shapes: Collection[torch.Size], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if op not in _COSTLY or (op in _MATMULS and args[_MATMULS[op]].shape in shapes):
         return CheckpointPolicy.PREFER_RECOMPUTE
+    if op is torch.ops.titanmoe.add_low_rank.default and args[3] is not None:
+        return CheckpointPolicy.PREFER_RECOMPUTE  # what it adds to is kept, and the addition is narrow
     return CheckpointPolicy.MUST_SAVE
 
 
