@@ -109,7 +109,7 @@ def _transformers(checkpoint: str, dtype: torch.dtype, device: torch.device, ada
     if adapter:
         from peft import PeftModel
 
-        # With the cast, which is PEFT's default, adapters of a bfloat16 model are in float32, and it is slower.
+        # By default PEFT casts adapters of a bfloat16 model to float32, and what they multiply, too.
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
     model.to(device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
