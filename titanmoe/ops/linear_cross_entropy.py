@@ -23,7 +23,7 @@ from titanmoe.ops.partial_backward import wants_gradient
 # measured, two hundred rows hide that on a CPU; calculated from its FLOPs and bandwidth, an H100 wants a thousand.
 _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 # What one pass of elementwise work touches, so that it stays in the cache between its kernels.
-_CPU_SOFTMAX_BYTES = 2 << 20
+_CPU_SOFTMAX_BYTES = 4 << 20
 _WEIGHT_GRAD_BYTES = {"cpu": 4 << 20, "cuda": 32 << 20}
 
 
@@ -155,18 +155,22 @@ def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, want_gradient: bool
     num_rows, num_words = logits_CV.shape
     block_rows = max(1, _CPU_SOFTMAX_BYTES // (4 * num_words)) if logits_CV.device.type == "cpu" else num_rows
     losses = []
+    probabilities_BV = torch.empty(min(block_rows, num_rows), num_words, device=logits_CV.device)
+    rows_B = torch.arange(len(probabilities_BV), device=logits_CV.device)
     for start in range(0, num_rows, block_rows):
-        block_bV, labels_b1 = logits_CV[start : start + block_rows], labels_C[start : start + block_rows].unsqueeze(1)
+        block_bV, labels_b = logits_CV[start : start + block_rows], labels_C[start : start + block_rows]
+        rows_b = rows_B[: len(labels_b)]
         # The largest probability is 1 / sum(exp(logits - max)), so one softmax gives the log-sum-exp as well, with the
         # same rounding, and no second exponential is needed.
-        max_b1, label_b1 = block_bV.amax(1, keepdim=True).float(), block_bV.gather(1, labels_b1).float()
-        p_bV = torch.softmax(block_bV, 1, dtype=torch.float32)
-        loss_b1 = max_b1 - label_b1 - p_bV.amax(1, keepdim=True).log()
-        losses.append(loss_b1.squeeze(1))
+        max_b, label_b = block_bV.amax(1).float(), block_bV[rows_b, labels_b].float()
+        p_bV = torch.softmax(block_bV, 1, dtype=torch.float32, out=probabilities_BV[: len(labels_b)])
+        loss_b = max_b - label_b - p_bV.amax(1).log()
+        losses.append(loss_b)
         if want_gradient:
             block_bV.copy_(p_bV)
-            # expm1 keeps the gradient of a confident token, where p - 1 of a rounded p would be zero.
-            block_bV.scatter_(1, labels_b1, torch.expm1(-loss_b1).to(block_bV.dtype))
+            # expm1 keeps the gradient of a confident token, where p - 1 of a rounded p would be zero. Not scatter_,
+            # which takes the CPU two copies of all.
+            block_bV[rows_b, labels_b] = torch.expm1(-loss_b).to(block_bV.dtype)
     return torch.cat(losses)
 
 
