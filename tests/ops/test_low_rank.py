@@ -200,7 +200,7 @@ def test_blocks_of_rows_are_what_experts_are(
     x.data[192:] = 0
     results = []
     for block_rows in (32, 1 << 20):  # the second divides no number of rows
-        monkeypatch.setattr("titanmoe.ops.grouped_mm._BLOCK_ROWS", block_rows)
+        monkeypatch.setattr("titanmoe.ops.low_rank._BLOCK_ROWS", block_rows)
         adapted = Adapted(w, a, b, dropout=0.0 if has_base else 1e-9)
         y = LowRankGroupedProduct(PlainGroupedProduct(), _SCALE)(x, adapted, offsets)
         results.append((y, *torch.autograd.grad(y, wanted, dy)))

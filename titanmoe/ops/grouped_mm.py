@@ -29,10 +29,6 @@ _ALIGNMENT_BYTES = 16
 
 _FEW_TOKENS = 32
 
-_BLOCK_ROWS, _NARROW = 32, 16
-"""On the CPU in bfloat16, products with at most so many features on one side, as those of low-rank factors are, take
-longer to begin than to compute. They go by blocks of rows, all at once, where every expert's rows are whole blocks."""
-
 
 class GroupedProduct(Protocol):
     """Rows times the weights of their experts, in some precision. Differentiable; a frozen weight gets no gradient."""
@@ -123,11 +119,6 @@ def rows_times_weights(
     if _uses_grouped_kernel(x_RA, w_ENK.shape[1:], kernel):
         return zero_tail_(F.grouped_mm(x_RA, w_EAB, offs=offsets_E), offsets_E, num_rows)
     y_RB = x_RA.new_empty(x_RA.shape[0], w_EAB.shape[2])
-    experts_b = expert_of_blocks(x_RA, offsets_E, w_ENK.shape[1:])
-    if experts_b is not None:
-        torch.bmm(blocks(x_RA, experts_b), w_EAB[experts_b], out=blocks(y_RB, experts_b))
-        y_RB[_BLOCK_ROWS * experts_b.shape[0] :].zero_()
-        return y_RB
     weights, end = w_EAB.unbind(0), 0
     for expert, rows in expert_rows(offsets_E):
         if rows.start < rows.stop:  # few have any where a single token is decoded
@@ -149,13 +140,7 @@ def rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, *, kernel: s
     """The weight gradient: dy[rows of e].T @ x[rows of e] for every expert; zero for an expert without rows."""
     if _uses_grouped_kernel(x_RK, (dy_RN.shape[1], x_RK.shape[1]), kernel):
         return F.grouped_mm(dy_RN.t(), x_RK, offs=offsets_E)
-    num_experts, num_features = offsets_E.shape[0], (dy_RN.shape[1], x_RK.shape[1])
-    experts_b = expert_of_blocks(x_RK, offsets_E, num_features)
-    if experts_b is not None:
-        dw_bNK = blocks(dy_RN, experts_b).mT @ blocks(x_RK, experts_b)
-        of_expert_Eb = experts_b == torch.arange(num_experts)[:, None]
-        return (of_expert_Eb.to(dw_bNK.dtype) @ dw_bNK.flatten(1)).view(num_experts, *num_features)
-    dw_ENK = x_RK.new_empty(num_experts, *num_features)
+    dw_ENK = x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
     for expert, rows in expert_rows(offsets_E):
         torch.mm(dy_RN[rows].t(), x_RK[rows], out=dw_ENK[expert])
     return dw_ENK
@@ -188,18 +173,3 @@ def expert_rows(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
     for expert, end in enumerate(offsets_E.tolist()):
         yield expert, slice(start, end)
         start = end
-
-
-def expert_of_blocks(x: Tensor, offsets_E: Tensor, num_features: Sequence[int]) -> Tensor | None:
-    """Whose each block of rows is, if products with weights of these features are to go by blocks; see `_NARROW`."""
-    if x.device.type != "cpu" or x.dtype == torch.float32 or min(num_features) > _NARROW:
-        return None
-    if (offsets_E % _BLOCK_ROWS).any() or not offsets_E[-1]:
-        return None
-    ends_E = offsets_E // _BLOCK_ROWS
-    return torch.searchsorted(ends_E, torch.arange(int(ends_E[-1]), dtype=ends_E.dtype), right=True)
-
-
-def blocks(rows: Tensor, experts_b: Tensor) -> Tensor:
-    """(R, C) as (blocks, their rows, C), without a copy; rows beyond the last block are left out."""
-    return rows[: _BLOCK_ROWS * experts_b.shape[0]].unflatten(0, (-1, _BLOCK_ROWS))

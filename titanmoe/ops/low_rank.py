@@ -30,8 +30,6 @@ from titanmoe.ops.grouped_mm import (
     GroupedProduct,
     Kernel,
     PlainGroupedProduct,
-    blocks,
-    expert_of_blocks,
     expert_rows,
     rows_times_rows,
     rows_times_weights,
@@ -40,6 +38,10 @@ from titanmoe.ops.partial_backward import wants_gradient
 from titanmoe.ops.rows import works_in_blocks
 
 _ALIGNMENT_BYTES = 16  # of the row strides of what `F.grouped_mm` multiplies
+
+_BLOCK_ROWS, _NARROW = 32, 16
+"""On the CPU in bfloat16, products with factors of at most this rank take longer to begin than to compute. They go by
+blocks of rows, all at once, where every expert's rows are whole blocks."""
 
 Base = TypeVar("Base", bound=Callable[..., Tensor])
 
@@ -270,8 +272,27 @@ def _factors(a: Tensor, b: Tensor, scale: float, x: Tensor, kernel: Kernel) -> t
     return F.pad(a_ELK, (0, 0, 0, missing)), F.pad(b_ELN, (0, 0, 0, missing))
 
 
-def _goes_by_expert(x: Tensor, offsets_E: Tensor, a_ELK: Tensor, kernel: str) -> bool:
-    return x.device.type == "cpu" and kernel != "torch" and expert_of_blocks(x, offsets_E, a_ELK.shape[1:]) is None
+def _goes_to_kernel(x: Tensor, kernel: str) -> bool:
+    return x.device.type != "cpu" or kernel == "torch"
+
+
+def _experts_of_blocks(x: Tensor, offsets_E: Tensor, rank: int) -> Tensor | None:
+    """Whose each block of rows is, if products with factors are to go by blocks; see `_NARROW`."""
+    if x.dtype == torch.float32 or rank > _NARROW or (offsets_E % _BLOCK_ROWS).any() or not offsets_E[-1]:
+        return None
+    ends_E = offsets_E // _BLOCK_ROWS
+    return torch.searchsorted(ends_E, torch.arange(int(ends_E[-1]), dtype=ends_E.dtype), right=True)
+
+
+def _blocks(rows: Tensor, experts_b: Tensor) -> Tensor:
+    """(R, C) as (blocks, their rows, C), without a copy; rows beyond the last block are left out."""
+    return rows[: _BLOCK_ROWS * experts_b.shape[0]].unflatten(0, (-1, _BLOCK_ROWS))
+
+
+def _sums_of_blocks(addends_b: Tensor, experts_b: Tensor, num_experts: int) -> Tensor:
+    """(blocks, ...) -> (E, ...)."""
+    of_expert_Eb = (experts_b == torch.arange(num_experts)[:, None]).to(addends_b.dtype)
+    return (of_expert_Eb @ addends_b.flatten(1)).view(num_experts, *addends_b.shape[1:])
 
 
 @torch.library.custom_op("titanmoe::add_low_rank", mutates_args=())
@@ -290,13 +311,21 @@ def add_low_rank(
 
     Beyond the last offset the first is what y is, and the second is not defined.
     """
-    if not _goes_by_expert(x_RK, offsets_E, a_ELK, kernel):
+    rows = offsets_E, num_rows
+    if _goes_to_kernel(x_RK, kernel):
         base_RN = y_RN
         if base_RN is None:
-            base_RN = rows_times_weights(x_RK, w_ENK, offsets_E, num_rows, transpose=True, kernel=kernel)
-        h_RL = rows_times_weights(x_RK, a_ELK, offsets_E, num_rows, transpose=True, kernel=kernel)
-        return _plus(base_RN, h_RL, b_ELN, offsets_E, num_rows, kernel, in_place=y_RN is None), h_RL
-    out_RN, h_RL = (x_RK.new_empty(x_RK.shape[0], columns) for columns in (b_ELN.shape[-1], a_ELK.shape[1]))
+            base_RN = rows_times_weights(x_RK, w_ENK, *rows, transpose=True, kernel=kernel)
+        h_RL = rows_times_weights(x_RK, a_ELK, *rows, transpose=True, kernel=kernel)
+        return rows_times_weights(h_RL, b_ELN, *rows, transpose=False, kernel=kernel).add_(base_RN), h_RL
+    h_RL = x_RK.new_empty(x_RK.shape[0], a_ELK.shape[1])
+    experts_b = _experts_of_blocks(x_RK, offsets_E, a_ELK.shape[1])
+    if experts_b is not None:
+        out_RN = rows_times_weights(x_RK, w_ENK, *rows, transpose=True) if y_RN is None else y_RN.clone()
+        h_bRL = torch.bmm(_blocks(x_RK, experts_b), a_ELK[experts_b].mT, out=_blocks(h_RL, experts_b))
+        _blocks(out_RN, experts_b).baddbmm_(h_bRL, b_ELN[experts_b])
+        return out_RN, h_RL
+    out_RN = x_RK.new_empty(x_RK.shape[0], b_ELN.shape[-1])
     for x, h, out, y, a, b, w in _by_expert(offsets_E, (x_RK, h_RL, out_RN, y_RN), (a_ELK, b_ELN, w_ENK)):
         torch.mm(x, a.t(), out=h)
         torch.addmm(torch.mm(x, w.t(), out=out) if y is None else y, h, b, out=out)
@@ -329,19 +358,35 @@ def low_rank_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, a and b of `add_low_rank`; empty where they are not wanted. That of x includes `w_ENK`, if it is given."""
     wants_x, wants_a, wants_b = wants
-    if not _goes_by_expert(x_RK, offsets_E, a_ELK, kernel):
+    rows, straight = (offsets_E, num_rows), {"transpose": False, "kernel": kernel}
+    if _goes_to_kernel(x_RK, kernel):
         dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, (False, False, False))
-        rows, straight = (offsets_E, num_rows), {"transpose": False, "kernel": kernel}
-        of_base_RK = rows_times_weights(dy_RN, w_ENK, *rows, **straight) if wants_x and w_ENK is not None else None
         dh_RL = rows_times_weights(dy_RN, b_ELN, *rows, transpose=True, kernel=kernel)
-        if of_base_RK is not None:
-            dx_RK = _plus(of_base_RK, dh_RL, a_ELK, *rows, kernel, in_place=True)
-        elif wants_x:
+        if wants_x:
             dx_RK = rows_times_weights(dh_RL, a_ELK, *rows, **straight)
+            if w_ENK is not None:
+                dx_RK += rows_times_weights(dy_RN, w_ENK, *rows, **straight)
         if wants_a:
             da_ELK = rows_times_rows(dh_RL, x_RK, offsets_E, kernel=kernel)
         if wants_b:
             db_ELN = rows_times_rows(h_RL, dy_RN, offsets_E, kernel=kernel)
+        return dx_RK, da_ELK, db_ELN
+    experts_b = _experts_of_blocks(x_RK, offsets_E, a_ELK.shape[1])
+    if experts_b is not None:
+        dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, (False, False, False))
+        dy_bRN = _blocks(dy_RN, experts_b)
+        dh_bRL = dy_bRN @ b_ELN[experts_b].mT
+        if wants_x and w_ENK is not None:
+            dx_RK = rows_times_weights(dy_RN, w_ENK, *rows, **straight)
+            _blocks(dx_RK, experts_b).baddbmm_(dh_bRL, a_ELK[experts_b])
+        elif wants_x:
+            dx_RK = torch.empty_like(x_RK)
+            torch.bmm(dh_bRL, a_ELK[experts_b], out=_blocks(dx_RK, experts_b))
+            dx_RK[int(offsets_E[-1]) :] = 0.0
+        if wants_a:
+            da_ELK = _sums_of_blocks(dh_bRL.mT @ _blocks(x_RK, experts_b), experts_b, len(a_ELK))
+        if wants_b:
+            db_ELN = _sums_of_blocks(_blocks(h_RL, experts_b).mT @ dy_bRN, experts_b, len(b_ELN))
         return dx_RK, da_ELK, db_ELN
     dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
     rows_of_each = (dy_RN, x_RK, h_RL, dx_RK if wants_x else None)
@@ -379,18 +424,6 @@ def _(
     kernel: str,
 ) -> tuple[Tensor, ...]:
     return _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
-
-
-def _plus(
-    y_RN: Tensor, h_RL: Tensor, b_ELN: Tensor, offsets_E: Tensor, num_rows: int, kernel: str, *, in_place: bool
-) -> Tensor:
-    """y[r] + h[r] @ b[e(r)], perhaps in the place of y."""
-    experts_b = expert_of_blocks(h_RL, offsets_E, b_ELN.shape[1:])
-    if experts_b is None or kernel == "torch":
-        return rows_times_weights(h_RL, b_ELN, offsets_E, num_rows, transpose=False, kernel=kernel).add_(y_RN)
-    y_RN = y_RN if in_place else y_RN.clone()
-    blocks(y_RN, experts_b).baddbmm_(blocks(h_RL, experts_b), b_ELN[experts_b])
-    return y_RN
 
 
 def _unfilled_gradients(
