@@ -133,7 +133,11 @@ def _flops_per_token(spec: DecoderSpec, seq_len: int, lora: Sequence[str] | None
 
 
 def _lora_options(options: argparse.Namespace, dtype: str) -> list[str]:
-    return [f"--lora.dtype={dtype}", *(f"--lora.{setting}" for setting in options.lora or ())]
+    return [
+        "--model.converters=lora",
+        f"--lora.dtype={dtype}",
+        *(f"--lora.{setting}" for setting in options.lora or ()),
+    ]
 
 
 def _prepare(folder: str, options: argparse.Namespace) -> None:
