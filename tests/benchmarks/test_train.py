@@ -58,7 +58,8 @@ def test_adapters_are_compared_with_peft_and_with_all_weights(
     share = found["titanmoe"]["flops_per_token"] / found["titanmoe full"]["flops_per_token"]
     assert 0.6 < share < 0.7
     assert [bool(job["adapter"]) for job in jobs] == [True, False, True]
-    assert all(job["lora"] == ["--lora.dtype=float32", "--lora.rank=4", "--lora.expert_rank=2"] for job in jobs)
+    settings = ["--model.converters=lora", "--lora.dtype=float32", "--lora.rank=4", "--lora.expert_rank=2"]
+    assert all(job["lora"] == settings for job in jobs)
 
 
 def test_without_adapters_all_weights_are_compared(
