@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titanmoe.checkpoint.pretrained import from_pretrained, save_pretrained
+    from titanmoe.checkpoint.pretrained import from_pretrained, load_adapter, save_adapter, save_pretrained
     from titanmoe.config import ConfigError, JobConfig, load_config
     from titanmoe.converters.apply import convert
     from titanmoe.trainer import Trainer
@@ -25,7 +25,9 @@ __all__ = [
     "causal_lm_loss",
     "convert",
     "from_pretrained",
+    "load_adapter",
     "load_config",
+    "save_adapter",
     "save_pretrained",
 ]
 
@@ -36,7 +38,9 @@ _HOME_OF = {
     "causal_lm_loss": "titanmoe.training.loss",
     "convert": "titanmoe.converters.apply",
     "from_pretrained": "titanmoe.checkpoint.pretrained",
+    "load_adapter": "titanmoe.checkpoint.pretrained",
     "load_config": "titanmoe.config",
+    "save_adapter": "titanmoe.checkpoint.pretrained",
     "save_pretrained": "titanmoe.checkpoint.pretrained",
 }
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import titanmoe
 from tests.checkpoint.adapted import adapted, logits, peft_loads, peft_makes, randomise
 from tests.checkpoint.hf_models import MOE_SIZES, load_reference, read_all, save_reference, some_tokens
 from tests.parity.reference import random_model
@@ -23,7 +24,7 @@ from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.checkpoint.model_source import find_model
 from titanmoe.checkpoint.pretrained import spec_of_hf_folder
 from titanmoe.config.errors import ConfigError
-from titanmoe.config.resolve import resolve
+from titanmoe.config.resolve import load_config, resolve
 from titanmoe.config.sizes import Degrees
 from titanmoe.converters.apply import convert
 from titanmoe.models.build import build_model, init_adapters, materialize
@@ -95,6 +96,31 @@ def test_peft_loads_what_is_written(
     again, _, _ = adapted(bases(*kind), *options)
     load_adapter(again, tmp_path / "adapter", family, settings)
     assert (logits(again, tokens) - found).abs().max() <= (1e-5 if layout != "peft" else 0)
+
+
+def test_public_calls(bases: Any, tmp_path: Path) -> None:
+    """As docs/adapters.md has it: an adapter out and in, and merged; what is not asked for is refused by name."""
+    config = load_config(None, ["--model.converters=lora", "--lora.rank=8", "--lora.alpha=12"])
+    model, again = (titanmoe.from_pretrained(bases(*_MOE), dtype=torch.float32) for _ in range(2))
+    tokens = _tokens(*_MOE)
+    with pytest.raises(ConfigError, match="there are no adapters to merge"):
+        titanmoe.save_pretrained(model, tmp_path / "merged", merge=config)
+    for each in (model, again):
+        titanmoe.convert(each, ["lora"], config)
+    randomise(model)
+    expected = logits(model, tokens)
+    with pytest.raises(ConfigError, match="has adapters beside its weights"):
+        titanmoe.save_pretrained(model, tmp_path / "merged")
+    assert not any(tmp_path.iterdir())
+    titanmoe.save_adapter(model, tmp_path / "adapter", config, base="some/base")
+    titanmoe.load_adapter(again, tmp_path / "adapter", config)
+    assert torch.equal(logits(again, tokens), expected)
+    theirs = peft_loads(load_reference(bases(*_MOE)), tmp_path / "adapter")
+    assert (logits(theirs, tokens) - expected).abs().max() < 1e-4
+    titanmoe.save_pretrained(model, tmp_path / "merged", merge=config)
+    assert torch.equal(logits(model, tokens), expected)
+    merged = logits(load_reference(tmp_path / "merged"), tokens)
+    assert (merged - expected).abs().max() < 1e-4
 
 
 def _tokens(family: str, variant: str) -> torch.Tensor:

@@ -34,6 +34,7 @@ from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tens
 from titanmoe.checkpoint.progress import Progress, log_progress
 from titanmoe.checkpoint.safetensors_io import TensorWriter
 from titanmoe.config.errors import ConfigError
+from titanmoe.models.adapters import is_adapter
 from titanmoe.models.build import build_model
 from titanmoe.models.family import Family
 from titanmoe.models.keys import map_keys
@@ -94,10 +95,10 @@ def save_hf(
         compare: also says what is wrong with the folder, "" if nothing; it may change the model. One process only.
 
     Raises:
-        ConfigError: before a tensor is written: the target is in use, the family's format has no place for a
-            parameter or its config.json none for the spec, no rank has a tensor of the spec, no tokenizer in
-            `tokenizer_dir`, too little space; later: the disk is full or fails, or a parameter is not finite and FP8
-            was asked for.
+        ConfigError: before a tensor is written: adapters that are not to be merged, or none that are, the target is in
+            use, the family's format has no place for a parameter or its config.json none for the spec, no rank has a
+            tensor of the spec, no tokenizer in `tokenizer_dir`, too little space; later: the disk is full or fails, or
+            a parameter is not finite and FP8 was asked for.
         NotExportedError: what was written is not the model.
         In any case nothing is left behind.
     """
@@ -109,6 +110,11 @@ def save_hf(
     stored = stored_of_all(model, ranks)
     of_all = as_weights(tensors_of_all(tensors, ranks), stored)
     each = partial(weights_each, tensors, stored, adapters, ranks)
+    if any(map(is_adapter, of_all)) != (adapters is not None):
+        if adapters is not None:
+            raise ConfigError("there are no adapters to merge", where=str(target), mend="Write the model as it is.")
+        mend = "Merge them (merge=config), or write them alone (save_adapter)."
+        raise ConfigError("the model has adapters beside its weights", where=str(target), mend=mend)
     if adapters is not None:
         check_mergeable(of_all)
         of_all = without_adapters(of_all)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from titanmoe.checkpoint import adapters
+from titanmoe.checkpoint.adapter_config import AdapterSettings
 from titanmoe.checkpoint.hf_folder import read_hf_config
 from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.checkpoint.hf_save import DEFAULT_SHARD_BYTES, save_hf
@@ -98,6 +101,7 @@ def save_pretrained(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     verify: bool = True,
+    merge: JobConfig | None = None,
 ) -> None:
     """Save a model as a folder that transformers loads; if it is sharded, every rank must call this.
 
@@ -109,6 +113,8 @@ def save_pretrained(
         max_shard_bytes: a file holds at most this many bytes of tensors.
         overwrite: replace an earlier export.
         verify: read everything back and compare it with the model before the folder is in its place.
+        merge: the config that the model's adapters were made with, which are merged into the weights that are written.
+            The model stays as it is.
 
     Raises:
         ConfigError, NotExportedError: see `save_hf`.
@@ -123,7 +129,46 @@ def save_pretrained(
         tokenizer_dir=None if tokenizer is None else tokenizer_folder(tokenizer),
         overwrite=overwrite,
         verify=verify,
+        adapters=None if merge is None else AdapterSettings.of(merge.lora),
     )
+
+
+def save_adapter(
+    model: Decoder,
+    path: str | Path,
+    config: JobConfig,
+    *,
+    layout: Literal["peft", "peft-per-expert"] = "peft",
+    base: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> None:
+    """Save a model's adapters as a folder that PEFT loads; if it is sharded, every rank must call this.
+
+    Args:
+        config: what the adapters were made with (`convert`).
+        layout: see `adapters.save_adapter`.
+        base: the folder or name of the model below, for those who read the adapter.
+        overwrite: replace an earlier adapter.
+        verify: read everything back and compare it with the model before the folder is in its place.
+
+    Raises:
+        ConfigError, NotExportedError: see `adapters.save_adapter`.
+    """
+    family, settings = family_of_spec(model.spec), AdapterSettings.of(config.lora)
+    adapters.save_adapter(model, path, family, settings, layout=layout, base=base, overwrite=overwrite, verify=verify)
+
+
+def load_adapter(model: Decoder, path: str | Path, config: JobConfig) -> None:
+    """Fill a model's adapters from a folder that PEFT or `save_adapter` wrote; if sharded, every rank must call this.
+
+    Args:
+        config: what the adapters were made with (`convert`).
+
+    Raises:
+        ConfigError: see `adapters.load_adapter`.
+    """
+    adapters.load_adapter(model, path, family_of_spec(model.spec), AdapterSettings.of(config.lora))
 
 
 def tokenizer_folder(tokenizer: str | Path | None) -> Path:

@@ -221,9 +221,11 @@ class _AddLowRank(torch.autograd.Function):
         a_ELK, b_ELN = _factors(a, b, scale, x_RK, kernel)
         if offsets_E is None:
             h_RL = x_RK @ a_ELK.t()
-            y_RN = y_RN if w is None else x_RK @ w.t()
-            assert y_RN is not None
-            out_RN = torch.addmm(y_RN, h_RL, b_ELN)
+            if w is None:
+                assert y_RN is not None
+                out_RN = torch.addmm(y_RN, h_RL, b_ELN)
+            else:
+                out_RN = (x_RK @ w.t()).addmm_(h_RL, b_ELN)
         else:
             out_RN, h_RL = add_low_rank(x_RK, a_ELK, b_ELN, y_RN, w, offsets_E, num_rows, kernel=kernel)
         ctx.save_for_backward(x_RK, h_RL, a, b, w if ctx.needs_input_grad[0] else None, offsets_E)
