@@ -199,15 +199,18 @@ def test_blocks_of_rows_are_what_experts_are(
     wanted = [tensor.requires_grad_() for tensor in (x, a, b)]
     x.data[192:] = 0
     results = []
-    for block_rows in (32, 1 << 20):  # the second divides no number of rows
+    for block_rows, at_once in ((32, 64), (32, 4), (1 << 20, 64)):  # the last divides no number of rows
         monkeypatch.setattr("titanmoe.ops.low_rank._BLOCK_ROWS", block_rows)
+        monkeypatch.setattr("titanmoe.ops.low_rank._BLOCKS_AT_ONCE", at_once)
         adapted = Adapted(w, a, b, dropout=0.0 if has_base else 1e-9)
         y = LowRankGroupedProduct(PlainGroupedProduct(), _SCALE)(x, adapted, offsets)
         results.append((y, *torch.autograd.grad(y, wanted, dy)))
-    assert not results[0][0][192:].any() and not results[0][1][192:].any()
-    for one, other in zip(*results, strict=True):
-        tolerance = 1e-12 if dtype == torch.float64 else 2e-2 * float(other.detach().abs().max())
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+    *by_blocks, by_experts = results
+    for found in by_blocks:
+        assert not found[0][192:].any() and not found[1][192:].any()
+        for one, other in zip(found, by_experts, strict=True):
+            tolerance = 1e-12 if dtype == torch.float64 else 2e-2 * float(other.detach().abs().max())
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -39,9 +39,9 @@ from titanmoe.ops.rows import works_in_blocks
 
 _ALIGNMENT_BYTES = 16  # of the row strides of what `F.grouped_mm` multiplies
 
-_BLOCK_ROWS, _NARROW = 32, 16
+_BLOCK_ROWS, _NARROW, _BLOCKS_AT_ONCE = 32, 16, 64
 """On the CPU in bfloat16, products with factors of at most this rank take longer to begin than to compute. They go by
-blocks of rows, all at once, where every expert's rows are whole blocks."""
+blocks of rows, many at once, where every expert's rows are whole blocks."""
 
 Base = TypeVar("Base", bound=Callable[..., Tensor])
 
@@ -291,6 +291,19 @@ def _blocks(rows: Tensor, experts_b: Tensor) -> Tensor:
     return rows[: _BLOCK_ROWS * experts_b.shape[0]].unflatten(0, (-1, _BLOCK_ROWS))
 
 
+def _after_products(x_RA: Tensor, w_EAB: Tensor | None, y_RB: Tensor, offsets_E: Tensor) -> Iterator[slice]:
+    """Write x[r] @ w[e(r)] to y, expert by expert, if there is a w; and yield slices of blocks whose rows were just
+    gone over, so that they are in the cache. All but the last are of one size, for which a kernel is built once.
+    """
+    begin, num_blocks = 0, int(offsets_E[-1]) // _BLOCK_ROWS
+    for expert, rows in expert_rows(offsets_E):
+        if w_EAB is not None and rows.start < rows.stop:
+            torch.mm(x_RA[rows], w_EAB[expert], out=y_RB[rows])
+        while begin < num_blocks and rows.stop // _BLOCK_ROWS >= min(begin + _BLOCKS_AT_ONCE, num_blocks):
+            yield slice(begin, min(begin + _BLOCKS_AT_ONCE, num_blocks))
+            begin += _BLOCKS_AT_ONCE
+
+
 def _sums_of_blocks(addends_b: Tensor, experts_b: Tensor, num_experts: int) -> Tensor:
     """(blocks, ...) -> (E, ...)."""
     of_expert_Eb = (experts_b == torch.arange(num_experts)[:, None]).to(addends_b.dtype)
@@ -321,13 +334,19 @@ def add_low_rank(
         h_RL = rows_times_weights(x_RK, a_ELK, *rows, transpose=True, kernel=kernel)
         return rows_times_weights(h_RL, b_ELN, *rows, transpose=False, kernel=kernel).add_(base_RN), h_RL
     h_RL = x_RK.new_empty(x_RK.shape[0], a_ELK.shape[1])
+    out_RN = x_RK.new_empty(x_RK.shape[0], b_ELN.shape[-1])
     experts_b = _experts_of_blocks(x_RK, offsets_E, a_ELK.shape[1])
     if experts_b is not None:
-        out_RN = rows_times_weights(x_RK, w_ENK, *rows, transpose=True) if y_RN is None else y_RN.clone()
-        h_bRL = torch.bmm(_blocks(x_RK, experts_b), a_ELK[experts_b].mT, out=_blocks(h_RL, experts_b))
-        _blocks(out_RN, experts_b).baddbmm_(h_bRL, b_ELN[experts_b])
+        x_b, h_b, out_b, y_b = (
+            _blocks(each, experts_b) for each in (x_RK, h_RL, out_RN, out_RN if y_RN is None else y_RN)
+        )
+        a_b, b_b = a_ELK[experts_b], b_ELN[experts_b]
+        for part in _after_products(x_RK, None if w_ENK is None else w_ENK.mT, out_RN, offsets_E):
+            torch.bmm(x_b[part], a_b[part].mT, out=h_b[part])
+            torch.baddbmm(y_b[part], h_b[part], b_b[part], out=out_b[part])
+        end = int(offsets_E[-1])
+        out_RN[end:] = 0.0 if y_RN is None else y_RN[end:]
         return out_RN, h_RL
-    out_RN = x_RK.new_empty(x_RK.shape[0], b_ELN.shape[-1])
     for x, h, out, y, a, b, w in _by_expert(offsets_E, (x_RK, h_RL, out_RN, y_RN), (a_ELK, b_ELN, w_ENK)):
         torch.mm(x, a.t(), out=h)
         torch.addmm(torch.mm(x, w.t(), out=out) if y is None else y, h, b, out=out)
@@ -373,24 +392,28 @@ def low_rank_gradients(
         if wants_b:
             db_ELN = rows_times_rows(h_RL, dy_RN, offsets_E, kernel=kernel)
         return dx_RK, da_ELK, db_ELN
+    dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
     experts_b = _experts_of_blocks(x_RK, offsets_E, a_ELK.shape[1])
     if experts_b is not None:
-        dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, (False, False, False))
-        dy_bRN = _blocks(dy_RN, experts_b)
-        dh_bRL = dy_bRN @ b_ELN[experts_b].mT
-        if wants_x and w_ENK is not None:
-            dx_RK = rows_times_weights(dy_RN, w_ENK, *rows, **straight)
-            _blocks(dx_RK, experts_b).baddbmm_(dh_bRL, a_ELK[experts_b])
-        elif wants_x:
-            dx_RK = torch.empty_like(x_RK)
-            torch.bmm(dh_bRL, a_ELK[experts_b], out=_blocks(dx_RK, experts_b))
+        x_b, dy_b, h_b = (_blocks(each, experts_b) for each in (x_RK, dy_RN, h_RL))
+        a_b, b_b = a_ELK[experts_b], b_ELN[experts_b]
+        dx_b = _blocks(dx_RK, experts_b) if wants_x else None
+        da_b, db_b = torch.empty_like(a_b), torch.empty_like(b_b)
+        for part in _after_products(dy_RN, w_ENK if wants_x else None, dx_RK, offsets_E):
+            dh = dy_b[part] @ b_b[part].mT
+            if dx_b is not None:
+                torch.baddbmm(dx_b[part], dh, a_b[part], beta=0 if w_ENK is None else 1, out=dx_b[part])
+            if wants_a:
+                torch.bmm(dh.mT, x_b[part], out=da_b[part])
+            if wants_b:
+                torch.bmm(h_b[part].mT, dy_b[part], out=db_b[part])
+        if wants_x:
             dx_RK[int(offsets_E[-1]) :] = 0.0
         if wants_a:
-            da_ELK = _sums_of_blocks(dh_bRL.mT @ _blocks(x_RK, experts_b), experts_b, len(a_ELK))
+            da_ELK = _sums_of_blocks(da_b, experts_b, len(a_ELK))
         if wants_b:
-            db_ELN = _sums_of_blocks(_blocks(h_RL, experts_b).mT @ dy_bRN, experts_b, len(b_ELN))
+            db_ELN = _sums_of_blocks(db_b, experts_b, len(b_ELN))
         return dx_RK, da_ELK, db_ELN
-    dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
     rows_of_each = (dy_RN, x_RK, h_RL, dx_RK if wants_x else None)
     of_each = (a_ELK, b_ELN, w_ENK, da_ELK if wants_a else None, db_ELN if wants_b else None)
     for dy, x, h, dx, a, b, w, da, db in _by_expert(offsets_E, rows_of_each, of_each):
