@@ -3,7 +3,7 @@
 
 y = base(x) + scale * (x A^T) B^T. The sum of the weights never exists: x and the narrow x A^T are what a backward
 pass needs beside the weights. Where the base is a plain product, it is one operation with the addition, which is made
-in place, there and in the gradient of x; on the CPU while an expert's rows are in the cache.
+in place in the gradient of x, and for experts; on the CPU while their rows are in the cache.
 
 With DoRA every output is then multiplied with magnitude / |W + scale B A|, the norm of its row of weights, through
 which no gradient flows (section 4.3 of the paper). The norm is found without that sum, too:
@@ -221,11 +221,9 @@ class _AddLowRank(torch.autograd.Function):
         a_ELK, b_ELN = _factors(a, b, scale, x_RK, kernel)
         if offsets_E is None:
             h_RL = x_RK @ a_ELK.t()
-            if w is None:
-                assert y_RN is not None
-                out_RN = torch.addmm(y_RN, h_RL, b_ELN)
-            else:
-                out_RN = (x_RK @ w.t()).addmm_(h_RL, b_ELN)
+            y_RN = y_RN if w is None else x_RK @ w.t()
+            assert y_RN is not None
+            out_RN = torch.addmm(y_RN, h_RL, b_ELN)  # not in place: recomputation may keep the first product
         else:
             out_RN, h_RL = add_low_rank(x_RK, a_ELK, b_ELN, y_RN, w, offsets_E, num_rows, kernel=kernel)
         ctx.save_for_backward(x_RK, h_RL, a, b, w if ctx.needs_input_grad[0] else None, offsets_E)
