@@ -261,9 +261,9 @@ def _found(folder: Path) -> nn.Module:
 
 
 def test_adapters_of_routers_are_refused(bases: Any, tmp_path: Path) -> None:
-    """PEFT's "all-linear" has them."""
+    """PEFT's "all-linear" has them, and PEFT writes its targets in any order."""
     peft_makes(load_reference(bases(*_MOE)), tmp_path / "theirs", r=8, target_modules="all-linear")
-    with pytest.raises(ConfigError, match=r"names layers\.0\.moe\.router\.gate, which never has an adapter"):
+    with pytest.raises(ConfigError, match=r"names layers\.\d\.moe\.router\.gate, which never has an adapter"):
         _found(tmp_path / "theirs")
 
 
