@@ -267,7 +267,7 @@ def _factors(a: Tensor, b: Tensor, scale: float, x: Tensor, kernel: Kernel) -> t
     """
     a_ELK, b_ELN = a.to(x.dtype), (b * scale).to(x.dtype).mT.contiguous()
     missing = -a.shape[-2] % (_ALIGNMENT_BYTES // x.element_size())
-    if not missing or a.dim() == 2 or (x.device.type == "cpu" and kernel != "torch"):
+    if not missing or a.dim() == 2 or not _goes_to_kernel(x, kernel):
         return a_ELK, b_ELN
     return F.pad(a_ELK, (0, 0, 0, missing)), F.pad(b_ELN, (0, 0, 0, missing))
 
