@@ -252,7 +252,10 @@ def _generate(args: Sequence[str]) -> int:
     sampling = Sampling(options.temperature, options.top_p, options.seed)
     prompts = [*options.prompt, *(read_prompt_file(options.prompts) if options.prompts else [])]
     if not prompts:
-        prompts = [sys.stdin.read()]
+        try:
+            prompts = [sys.stdin.read()]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"is not UTF-8: {error.reason}", where="stdin") from error
     if "" in prompts:
         raise ConfigError("a prompt is empty", where=parser.prog, mend="Give text with --prompt, --prompts or stdin.")
     if options.chat:
@@ -270,9 +273,6 @@ def _generate(args: Sequence[str]) -> int:
             on_token=writer.on_token,
             speed=speed,
         )
-    except KeyboardInterrupt:
-        sys.stderr.write("\nerror: interrupted\n")
-        return EXIT_FAILED
     finally:
         terminal.clear_bar()
     writer.finish(results, speed, as_json=options.json)
@@ -366,6 +366,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("\nerror: interrupted\n")
+        return EXIT_FAILED
     except BrokenPipeError:
         # Whoever read the output has left. Python would flush stdout again at exit and complain; give it a sink.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Small adapted models, and PEFT beside them."""
+"""Small adapted models, PEFT beside them, and the command that exports them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from titanmoe import cli
 from titanmoe.checkpoint.adapter_config import AdapterSettings
 from titanmoe.checkpoint.pretrained import family_of_spec, from_pretrained
 from titanmoe.config.resolve import resolve
@@ -66,3 +68,11 @@ def peft_makes(base: nn.Module, folder: Path, **options: Any) -> nn.Module:
     randomise(model, lambda name: "lora_" in name)
     model.save_pretrained(folder)
     return model.eval()
+
+
+def run_export(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> str:
+    """What `titanmoe export` tells: on stdout, or on stderr where another exit code is expected."""
+    found = cli.main(["export", *map(str, args)])
+    captured = capsys.readouterr()
+    assert found == code, captured
+    return captured.err if code else captured.out

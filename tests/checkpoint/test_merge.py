@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoint.adapted import adapted, logits, peft_loads, randomise
+from tests.checkpoint.adapted import adapted, logits, peft_loads, randomise, run_export
 from tests.checkpoint.hf_models import load_reference, read_all, save_reference, some_tokens
 from tests.checkpoint.memory import forget_peak, needs_proc, status_mib
 from tests.parity.reference import random_model
@@ -175,13 +175,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def _export(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> str:
-    found = cli.main(["export", *map(str, args)])
-    captured = capsys.readouterr()
-    assert found == code, captured
-    return captured.err if code else captured.out
-
-
 def test_steps_hold_adapters_and_refer_to_their_base(folder: Path) -> None:
     found = tensors(folder / "run", 4)
     parameters = {name.removeprefix("model.") for name in found if name.startswith("model.")}
@@ -230,9 +223,9 @@ def test_a_checksum_is_of_the_weights_wherever_they_are(folder: Path, tmp_path: 
 
 
 def test_a_run_is_merged_and_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "m", "--merge", "--dtype=float32")
+    out = run_export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "m", "--merge", "--dtype=float32")
     assert "of their size away from those of the live model" in out and "verified 69 tensors" in out
-    _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft")
+    run_export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft")
     tokens = some_tokens()
     base = load_reference(folder / "model")
     expected = logits(peft_loads(base, tmp_path / "a"), tokens)
@@ -292,7 +285,7 @@ def test_adapters_that_are_not_the_configs(
     config = (folder / "job.toml").read_text().replace("[model]", '[model]\nconverters = ["lora"]', 1)
     assert was in config
     (tmp_path / "other.toml").write_text(config.replace(was, options))
-    told = _export(
+    told = run_export(
         capsys, "--checkpoint", folder / "run/checkpoint/step-4", "--output", tmp_path / "m", format,
         "--config", tmp_path / "other.toml", code=2,
     )  # fmt: skip
@@ -308,7 +301,7 @@ def test_adapters_of_another_run(folder: Path, tmp_path: Path, capsys: pytest.Ca
     step = folder / "run/checkpoint/step-4"
     for options in (["--merge", f"--base={tmp_path}/model"], ["--format=peft", "--no-verify"]):
         arguments = ["--checkpoint", step, "--output", tmp_path / "m", "--config", tmp_path / "other.toml", *options]
-        told = _export(capsys, *arguments, code=2)
+        told = run_export(capsys, *arguments, code=2)
         assert "holds other weights than those" in told or "only in the model: model.layers.2.attention" in told
         assert not (tmp_path / "m").exists()
 
@@ -317,19 +310,19 @@ def test_an_export_of_adapters_alone_needs_no_base(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft"]
-    assert "/nowhere: no such folder" in _export(capsys, *arguments, "--base=/nowhere", code=2)
-    _export(capsys, *arguments, "--base=/nowhere", "--no-verify")
-    _export(capsys, *arguments[:2], "--output", tmp_path / "b", "--format=peft")
+    assert "/nowhere: no such folder" in run_export(capsys, *arguments, "--base=/nowhere", code=2)
+    run_export(capsys, *arguments, "--base=/nowhere", "--no-verify")
+    run_export(capsys, *arguments[:2], "--output", tmp_path / "b", "--format=peft")
     assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == (
         tmp_path / "b/adapter_model.safetensors"
     ).read_bytes()
     # The folder is a model, too, on the base that it names; in another layout, and merged, it is the same.
-    _export(capsys, "--checkpoint", tmp_path / "b", "--output", tmp_path / "c", "--format=peft-per-expert")
-    _export(capsys, "--checkpoint", tmp_path / "c", "--output", tmp_path / "m", "--merge", "--dtype=float32")
-    _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "n", "--merge", "--dtype=float32")
+    run_export(capsys, "--checkpoint", tmp_path / "b", "--output", tmp_path / "c", "--format=peft-per-expert")
+    run_export(capsys, "--checkpoint", tmp_path / "c", "--output", tmp_path / "m", "--merge", "--dtype=float32")
+    run_export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "n", "--merge", "--dtype=float32")
     found, expected = read_all(tmp_path / "m"), read_all(tmp_path / "n")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
-    told = _export(capsys, "--checkpoint", tmp_path / "a", "--output", tmp_path / "x", "--merge", code=2)
+    told = run_export(capsys, "--checkpoint", tmp_path / "a", "--output", tmp_path / "x", "--merge", code=2)
     assert "the adapter is for /nowhere, which is no folder here" in told and "--base" in told
 
 
@@ -344,7 +337,7 @@ def test_a_wrong_adapter_is_found_by_its_logits(
         write(self, key, -tensor if "q_proj.lora_B" in key else tensor, row)
 
     monkeypatch.setattr(TensorWriter, "write", write_wrong)
-    told = _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft", code=1)
+    told = run_export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft", code=1)
     assert "away from those of the model with live adapters" in told
     assert not list(tmp_path.iterdir())
 
@@ -355,7 +348,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
     """Writing and comparing values agree with each other; only the live model knows better."""
     right = merge_module.merge
     monkeypatch.setattr(merge_module, "merge", lambda *args: right(*args[:-1], -args[-1]))
-    told = _export(
+    told = run_export(
         capsys, "--checkpoint", folder / "run", "--output", tmp_path / "m", "--merge", "--dtype=float32", code=1
     )
     assert "away from those of the model with live adapters" in told
@@ -375,13 +368,13 @@ def test_a_wrong_merge_is_found_by_its_logits(
 def test_wrong_words(
     options: tuple[str, ...], words: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = _export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "m", *options, code=2)
+    told = run_export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "m", *options, code=2)
     assert words in told and not list(tmp_path.iterdir())
 
 
 def test_a_run_goes_on_from_an_adapter(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its first loss is that after the steps that made the adapter; on two ranks, too."""
-    _export(capsys, "--checkpoint", folder / "run/checkpoint/step-2", "--output", tmp_path / "a", "--format=peft")
+    run_export(capsys, "--checkpoint", folder / "run/checkpoint/step-2", "--output", tmp_path / "a", "--format=peft")
     options = ("--model.converters=lora", "--training.steps=1", f"--checkpoint.initial_adapter_path={tmp_path / 'a'}")
     run(folder / "job.toml", tmp_path / "one", *options)
     run(folder / "job.toml", tmp_path / "two", *options, *_EXPERT_PARALLEL, ranks=2)
@@ -422,13 +415,13 @@ def test_adapters_are_merged_into_the_base_that_they_were_trained_on(
     base = from_pretrained(folder / "model", dtype=torch.float32, converters=[f"quantize.frozen.{name}"], config=config)
     save_pretrained(base, tmp_path / "base")
     for layout in ("peft", "peft-per-expert"):
-        _export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / layout, "--format", layout)
-    _export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / "m", "--merge", "--dtype=float32")
+        run_export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / layout, "--format", layout)
+    run_export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / "m", "--merge", "--dtype=float32")
     expected = logits(peft_loads(load_reference(tmp_path / "base"), tmp_path / "peft"), some_tokens())
     assert (logits(load_reference(tmp_path / "m"), some_tokens()) - expected).abs().max() < 1e-4
     without = logits(peft_loads(load_reference(folder / "model"), tmp_path / "peft"), some_tokens())
     assert (without - expected).abs().max() > 1e-2
-    _export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / "fp8", "--merge", "--dtype=float8")
+    run_export(capsys, "--checkpoint", tmp_path / "run", "--output", tmp_path / "fp8", "--merge", "--dtype=float8")
 
 
 # Memory

@@ -130,7 +130,7 @@ def test_biases_stay(names: list[str]) -> None:
         x = torch.randn(40, getattr(plain.get_submodule(f"layers.2.{layer}"), "in_features", WIDE.dim))
         for one in (plain, model):
             module = one.get_submodule(f"layers.2.{layer}")
-            y = module(x, weights_R, offsets) if layer.endswith("experts") else module(x)
+            y = module(x, weights_R, offsets)[0] if layer.endswith("experts") else module(x)
             outputs.append(y)
             y.sum().backward()
             grads.append({name: value.grad for name, value in module.named_parameters() if name.endswith("bias")})

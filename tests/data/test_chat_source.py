@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import logging
@@ -103,6 +104,8 @@ USER = {"role": "user", "content": "x"}
         ([USER, {"role": "assistant", "content": 3}], r"content of messages\[1\] is a number"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], r"content of messages\[0\] is a list"),
         ([USER], "no message is the assistant's"),
+        ([USER, {"role": "assistant", "content": "\ud800"}], "surrogates not allowed"),
+        ([{**USER, "more": functools.reduce(lambda inner, _: [inner], range(700), [])}], "nested too deeply"),
     ],
 )
 def test_broken_conversations_name_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
@@ -131,6 +134,20 @@ def test_broken_lines_name_file_and_line(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(ConfigError, match="all files are empty"):
         open_file(file)
+
+
+def test_blocks_that_hold_nothing_teach_nothing(tmp_path: Path) -> None:
+    (tmp_path / "its.jinja").write_text("{% generation %}{% endgeneration %}{{ messages[0].content }}")
+    with pytest.raises(ConfigError, match="hold nothing that the assistant wrote") as caught:
+        open_file(write(tmp_path / "a.jsonl", [TALK]), template=str(tmp_path / "its.jinja"))
+    assert 'data.loss_on = "all"' in caught.value.mend
+
+
+def test_a_list_behind_a_mark_of_its_encoding_is_no_lines(tmp_path: Path) -> None:
+    """Nor one behind white space."""
+    for begin in (" " * 200, "\ufeff"):
+        (tmp_path / "a.json").write_text(begin + json.dumps([{"messages": TALK}]))
+        assert texts(open_file(tmp_path / "a.json")) == [chatml(TALK)]
 
 
 def test_a_template_that_refuses_a_conversation(tmp_path: Path) -> None:

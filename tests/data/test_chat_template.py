@@ -162,6 +162,10 @@ def test_blocks_that_are_inside_each_other_or_empty() -> None:
         ("{{ messages[7].role }}", "no element 7"),
         ("{% include 'other' %}", "no loader"),
         ("{{ raise_exception('not this one') }}", "not this one"),
+        ("{{ messages[0].role * 100000000000000 }}", "MemoryError"),
+        ("{{ cycler() }}", "at least one item"),
+        ("{{ 'aaaaaaaaaaa' | truncate(2, leeway=0) }}", "length"),
+        ("{{ '\ud800' }}", "surrogates not allowed"),
     ],
 )
 def test_what_the_sandbox_keeps_in(text: str, message: str) -> None:
@@ -174,6 +178,17 @@ def test_what_is_no_template() -> None:
     with pytest.raises(ConfigError, match="is no chat template") as caught:
         make("a\n{% if %}")
     assert caught.value.where == "its.jinja, line 2 of the template"
+    for text in ("{% break %}", "{{ f(a=1, a=2) }}", "+".join(["{{ 1", *["1"] * 20_000, "1 }}"]), "{{ 10 ** 100000 }}"):
+        with pytest.raises(ConfigError, match="is no chat template"):
+            make(text)
+
+
+def test_blocks_that_are_only_spoken_of_are_none() -> None:
+    """In a comment, or as text."""
+    for text in ("{# {% generation %} #}", "{% raw %}{% generation %}{% endraw %}"):
+        template = make(text + ALL["chatml"])
+        assert not template.has_blocks
+        assert spans(template.render_supervised(TALK)) == spans(make(ALL["chatml"]).render_supervised(TALK))
 
 
 def test_the_date_is_the_clocks() -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,45 @@ def test_a_chat_ends_with_the_turn(taught: Path, capsys: pytest.CaptureFixture[s
     assert command(capsys, *args) == f"It was {ANSWER}.\n"
     (row,) = json.loads(command(capsys, *args, "--json"))["results"]
     assert row["finish_reason"] == "stop" and row["prompt"] == [{"role": "user", "content": QUESTION}]
+
+
+def test_a_chat_of_a_template_that_begins_the_thoughts(
+    taught: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The prompt then is not how the template writes a turn that it is given; where that ends is known all the same."""
+    (tmp_path / "its.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>' }}{% endif %}"
+    )
+    args = ("generate", "--model", taught, "--dtype=float32", "--chat", "--prompt", QUESTION, "--json")
+    found = json.loads(command(capsys, *args, "--chat-template", tmp_path / "its.jinja", "--max-new-tokens=60"))
+    (result,) = found["results"]
+    assert result["finish_reason"] == "stop" or len(result["tokens"]) == 60
+    (tmp_path / "its.jinja").write_text("{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}")  # fmt: skip
+    command(capsys, *args, "--chat-template", tmp_path / "its.jinja", "--max-new-tokens=2")
+
+
+def test_what_is_not_text(ignorant: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("generate", "--model", ignorant)
+    assert "is not UTF-8" in command(capsys, *args, "--prompt", "caf\udce9", code=2)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"abc \xff"), encoding="utf-8"))
+    assert "stdin: is not UTF-8" in command(capsys, *args, code=2)
+
+
+@pytest.mark.parametrize("name", ["generate", "eval", "export"])
+def test_an_interrupt_is_one_line(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes, as while modules are imported."""
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    commands = [replace(each, run=interrupted) if each.name == name else each for each in cli.COMMANDS]
+    monkeypatch.setattr(cli, "COMMANDS", tuple(commands))
+    assert cli.main([name]) == 1
+    assert capsys.readouterr().err.strip() == "error: interrupted"
 
 
 def test_it_ends_at_the_tokens_that_generation_config_names(

@@ -45,6 +45,11 @@ def test_temperature_0_takes_the_likeliest() -> None:
     assert frequencies(Sampling(0.0, top_p=0.1)).tolist() == [0, 1, 0, 0, 0]
 
 
+def test_a_temperature_of_next_to_nothing_is_none() -> None:
+    for temperature in (1e-30, 1e-40, 1e-300):
+        assert frequencies(Sampling(temperature)).tolist() == [0, 1, 0, 0, 0]
+
+
 def test_impossible_tokens_are_never_drawn() -> None:
     logits_BV = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
     for uniform in (0.0, 0.5, 1 - 2**-24):

@@ -200,8 +200,8 @@ def test_blocks_of_rows_are_what_experts_are(
     x.data[192:] = 0
     results = []
     for block_rows, at_once in ((32, 64), (32, 4), (1 << 20, 64)):  # the last divides no number of rows
-        monkeypatch.setattr("titanmoe.ops.low_rank._BLOCK_ROWS", block_rows)
-        monkeypatch.setattr("titanmoe.ops.low_rank._BLOCKS_AT_ONCE", at_once)
+        monkeypatch.setattr("titanmoe.ops.low_rank_rows._BLOCK_ROWS", block_rows)
+        monkeypatch.setattr("titanmoe.ops.low_rank_rows._BLOCKS_AT_ONCE", at_once)
         adapted = Adapted(w, a, b, dropout=0.0 if has_base else 1e-9)
         y = LowRankGroupedProduct(PlainGroupedProduct(), _SCALE)(x, adapted, offsets)
         results.append((y, *torch.autograd.grad(y, wanted, dy)))

@@ -51,6 +51,15 @@ def test_every_layout_learns_the_same(job: Path, tmp_path: Path) -> None:
         assert validations(tmp_path / name) == pytest.approx(validations(tmp_path / "one"), rel=1e-5)
 
 
+def test_validation_needs_something_to_learn(job: Path, tmp_path: Path) -> None:
+    """Every conversation is longer than a sequence: a loss of zero would look like the best there ever was."""
+    options = (*on_talks(tmp_path), "--validation.enable", "--validation.dataset=chat", "--validation.seq_len=4")
+    options += (f"--validation.dataset_path={tmp_path}/talks.jsonl", "--training.steps=2")
+    outcome = train("--job.config_file", job, f"--job.dump_folder={tmp_path / 'out'}", *options)
+    assert outcome.codes == [2]
+    assert_one_line(outcome.err[0], "no token of the validation data is learned from")
+
+
 def test_resume_is_bit_for_bit(job: Path, tmp_path: Path) -> None:
     options = (*SAVE, *on_talks(tmp_path), "--training.local_batch_size=2", "--training.dataloader.num_workers=2")
     assert_resumed_exactly(job, tmp_path, 2, options, last=20)

@@ -139,7 +139,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ("--activation_checkpoint.mode=full", "--activation_checkpoint.early_stop"),
         ("--activation_checkpoint.mode=selective", "--activation_checkpoint.no_preserve_rng_state"),
         ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"),
-        ("--compile.enable", "--compile.backend=aot_eager"),
+        ("--compile.enable",),
         ("--compile.enable", "--compile.backend=aot_eager", "--activation_checkpoint.mode=full"),
     ],
     ids=" ".join,
@@ -164,6 +164,28 @@ def test_compiled_and_sharded(plain: tuple[Path, Path], tmp_path: Path) -> None:
 def test_other_ways_to_the_same_numbers(plain: tuple[Path, Path], option: str, tmp_path: Path) -> None:
     run(plain[0], tmp_path, option, "--training.local_batch_size=2", ranks=2)
     assert_close(tmp_path, plain[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_states_of_8_bits_beside_weights_in_bfloat16(plain: tuple[Path, Path], ranks: int, tmp_path: Path) -> None:
+    """With AdamW's losses, but for rounding; the embedding is large enough to have such states."""
+    options = ("--training.dtype=bfloat16", f"--training.local_batch_size={4 // ranks}")
+    losses = {}
+    for name in ("AdamW", "AdamW8bit"):
+        run(plain[0], tmp_path / name, *options, f"--optimizer.name={name}", ranks=ranks)
+        losses[name] = [loss for _, loss, _ in curve(tmp_path / name)]
+    assert losses["AdamW8bit"] == pytest.approx(losses["AdamW"], rel=2e-2)
+    assert losses["AdamW8bit"][-1] < losses["AdamW8bit"][0] - 0.05
+
+
+@pytest.mark.parametrize("axis", ["expert", pytest.param("tensor", marks=pytest.mark.slow)])
+def test_a_budget_of_memory_with_ranks_that_exchange(plain: tuple[Path, Path], axis: str, tmp_path: Path) -> None:
+    """Their group is an input of the graphs, of which the compiler asks the size."""
+    options = ("--compile.enable", "--activation_checkpoint.mode=memory_budget", "--training.steps=2")
+    options += (f"--parallelism.{axis}_parallel_degree=2", "--training.local_batch_size=2")
+    run(plain[0], tmp_path / "compiled", *options, ranks=2)
+    run(plain[0], tmp_path / "plain", "--training.steps=2")
+    assert_close(tmp_path / "compiled", tmp_path / "plain")
 
 
 def test_the_same_run_twice_gives_the_same_bits(plain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -87,6 +87,16 @@ def one_rank(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dump
 
 
+@pytest.mark.parametrize("bases", [pytest.param("", marks=pytest.mark.slow), "quantize.frozen.float8,"])
+def test_compiling_changes_nothing(bases: str, job: Path, tmp_path: Path) -> None:
+    """With the compiler that users get: it has rules of its own for operators."""
+    # With this rank, adapters of experts see tokens instead of rows.
+    settings = (f"--model.converters={bases}lora", "--lora.rank=4", "--training.steps=3")
+    run(job, tmp_path / "compiled", *settings, "--compile.enable")
+    run(job, tmp_path / "plain", *settings)
+    assert_close(tmp_path / "compiled", tmp_path / "plain")
+
+
 def test_steps_hold_adapters_alone_and_resume_on_the_same_base(job_with_base: Path, tmp_path: Path) -> None:
     """Quantised experts dealt to two ranks, with dropout: bit for bit. With other weights below it is refused."""
     options = (

@@ -49,7 +49,7 @@ _NO_WAITS = {
     "ops.linear_cross_entropy.linear_cross_entropy": _ON_CPU,
     "ops.linear_cross_entropy._check_labels": _ON_CPU,
     "ops.grouped_mm.expert_rows": _NO_KERNEL,
-    "ops.low_rank._by_expert": _ON_CPU,
+    "ops.low_rank_rows._Pieces": _ON_CPU,
     "ops.frozen.rows_times_frozen": "on a CPU, or with large experts",
     "ops.attention._each_document": _NO_KERNEL,
 }

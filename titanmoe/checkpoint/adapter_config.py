@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from titanmoe.checkpoint.adapter_names import PREFIX, A, is_of_experts, pieces_by_name, rules_of, stacked_parameter
+from titanmoe.checkpoint.adapter_names import (
+    PREFIX,
+    A,
+    is_of_experts,
+    layouts,
+    pieces_by_name,
+    rules_of,
+    stacked_parameter,
+)
 from titanmoe.checkpoint.model_tensors import model_tensors
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.sections.lora import LoRA
@@ -80,10 +88,13 @@ def adapter_config(
     targets = list(_targets(family, layout, shapes, has_experts))
     parameters = [target for target in targets if target.is_parameter]
     if settings.use_dora and parameters:
+        weights = [sum(name.endswith(f".{weight}_lora_a") for name in shapes) for weight in ("gate_up", "down")]
+        goes_by_expert = PER_EXPERT in layouts(family) and weights[0] == weights[1]
         raise ConfigError(
             "PEFT has no DoRA for stacked experts, nor for linear layers beside them",
             where=parameters[0].name,
-            mend=f"Merge it into the weights (--merge), or choose --format {PER_EXPERT}.",
+            mend="Merge it into the weights (--merge)"
+            + (f", or choose --format {PER_EXPERT}." if goes_by_expert else "."),
         )
     of_whole = _targets(family, layout, whole_shapes(spec), has_experts)
     names = _shortened(targets, of_whole)

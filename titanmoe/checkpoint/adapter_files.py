@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,6 +87,8 @@ class AdapterFolder:
         self._parts: dict[str, list[_Part]] = defaultdict(list)
         for key, (name, piece) in pieces.items():
             self._parts[name].append(self._part(infos[key], name, piece))
+        self._check_ranks_of_modules()
+        self._check_scale()
         self._check_ranks()
         if self.layout == PER_EXPERT:
             self._put_gates_and_ups_together()
@@ -120,16 +123,39 @@ class AdapterFolder:
         if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
             what = f"init_lora_weights = {config['init_lora_weights']!r} changes the weights that adapters are added to"
             raise ConfigError(what, where=where, mend="Convert it to a plain LoRA when PEFT saves it.")
+
+    def _check_scale(self) -> None:
+        """That of modules without an alpha of their own must be the model's."""
+        config, settings = self.config, self._settings
         rank, alpha = _rank_and_alpha(config, self.path)
         if not isclose(_scale(config, rank, alpha), settings.scale_of(settings.rank), rel_tol=1e-6):
             kind = "lora_alpha / sqrt(r)" if config.get("use_rslora") else "lora_alpha / r"
+            of_linears = (parts for name, parts in self._parts.items() if not is_of_experts(name))
+            largest = max((part.rank for parts in of_linears for part in parts), default=rank)
             raise ConfigError(
                 f"the adapter's {kind} is {_scale(config, rank, alpha):g}, "
                 f"the model's is {settings.scale_of(settings.rank):g}",
-                where=where,
-                mend=f"Set lora.rank = {rank}, lora.alpha = {float(alpha):g} "
+                where=str(self.path / CONFIG_NAME),
+                mend=f"Set lora.rank = {largest}, lora.alpha = {_alpha_with(config, rank, alpha, largest):g} "
                 f"and lora.use_rslora = {str(bool(config.get('use_rslora'))).lower()}.",
             )
+
+    def _check_ranks_of_modules(self) -> None:
+        """A and B of a module must have one rank; of linear layers, that which the config says."""
+        mend = "It is not as PEFT wrote it: get the adapter anew."
+        rank, _ = _rank_and_alpha(self.config, self.path)
+        ranks: dict[str, int] = {}
+        for name, parts in self._parts.items():
+            for part in parts if _rank_dim(name) is not None else ():
+                module, where = part.info.key.rpartition(".lora_")[0], f"{part.info.path}: {part.info.key}"
+                if ranks.setdefault(module, part.rank) != part.rank:
+                    what = f"is of rank {part.rank}, and the other factor of the module is of rank {ranks[module]}"
+                    raise ConfigError(what, where=where, mend=mend)
+                if is_of_experts(name):
+                    continue
+                said = _of_module(self.config, "rank_pattern", _module_of(part.info.key, name, self.layout), rank)
+                if part.rank != said:
+                    raise ConfigError(f"is of rank {part.rank}, {CONFIG_NAME} says {said}", where=where, mend=mend)
 
     def _choose_layout(
         self, family: Family, infos: Mapping[str, TensorInfo]
@@ -242,7 +268,7 @@ def base_of_adapter(folder: Path) -> Path:
         ConfigError: it names none, or one that is not here.
     """
     name = _read_config(folder).get("base_model_name_or_path")
-    if not isinstance(name, str) or not Path(name).is_dir():
+    if not isinstance(name, str) or not name or not Path(name).is_dir():
         raise ConfigError(
             f"the adapter is for {name or 'a model that it does not name'}, which is no folder here",
             where=str(folder / CONFIG_NAME),
@@ -285,7 +311,7 @@ def lora_section(folder: Path, family: Family, spec: DecoderSpec) -> LoRA:
     largest = max((ranks[name] for name in ranks if not is_of_experts(name)), default=rank)
     return LoRA(
         rank=largest,
-        alpha=_scale(config, rank, alpha) * (sqrt(largest) if config.get("use_rslora") else largest),
+        alpha=_alpha_with(config, rank, alpha, largest),
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
         target_modules=tuple(
@@ -312,10 +338,26 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _rank_and_alpha(config: Mapping[str, Any], folder: Path) -> tuple[int, float]:
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise ConfigError("r or lora_alpha is missing", where=str(folder / CONFIG_NAME))
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    where = str(folder / CONFIG_NAME)
+    if not _is_count(rank) or not _is_finite(alpha):
+        raise ConfigError("r or lora_alpha is missing, or not a number", where=where)
+    if alpha <= 0:
+        raise ConfigError(f"lora_alpha is {alpha}, and must be above zero", where=where)
+    for key, is_valid in (("rank_pattern", _is_count), ("alpha_pattern", _is_finite)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(is_valid(value) for value in pattern.values()):
+            raise ConfigError(f"{key} is not an object of numbers by pattern", where=where)
     return rank, float(alpha)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _rank_in_file(info: TensorInfo | None, name: str, piece: Piece, shape: tuple[int, ...]) -> int:
@@ -350,18 +392,26 @@ def _scale(config: Mapping[str, Any], rank: int, alpha: float) -> float:
     return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def _alpha_with(config: Mapping[str, Any], rank: int, alpha: float, other_rank: int) -> float:
+    """What gives another rank the same scale."""
+    return _scale(config, rank, alpha) * (sqrt(other_rank) if config.get("use_rslora") else other_rank)
+
+
 def _scale_of_module(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The scale of a module. The first pattern that matches the end of its name counts (peft.utils.get_pattern_key)."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    return _scale(config, rank, _of_module(config, "alpha_pattern", module, config["lora_alpha"]))
+
+
+def _of_module(config: Mapping[str, Any], key: str, module: str, usual: T) -> T:
+    """What a module has. The first pattern that matches the end of its name counts (peft.utils.get_pattern_key)."""
+    for pattern, value in (config.get(key) or {}).items():
         try:
             matches = re.match(rf"(.*\.)?({pattern})$", module) is not None
         except re.error as error:
-            raise ConfigError(f"{pattern!r} is no pattern: {error}", where=f"{CONFIG_NAME}: alpha_pattern") from error
+            raise ConfigError(f"{pattern!r} is no pattern: {error}", where=f"{CONFIG_NAME}: {key}") from error
         if matches:
-            alpha = value
-            break
-    return _scale(config, rank, alpha)
+            found: T = value
+            return found
+    return usual
 
 
 def _pairs(of_layer: Sequence[T]) -> Iterator[tuple[T, T]]:

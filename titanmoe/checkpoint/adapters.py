@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -81,7 +82,7 @@ def save_adapter(
     tensors = adapter_tensors(model)
     ranks = ranks_sharing(model_tensors(model).values())
     of_all = tensors_of_all(tensors, ranks)
-    target = Path(folder).expanduser().resolve()
+    target = Path(os.path.expanduser(folder)).resolve()
     temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
     writes = not dist.is_initialized() or dist.get_rank() == 0
     shapes = {name: tuple(tensor.shape) for name, tensor in of_all.items()}
@@ -170,7 +171,7 @@ def _entries(tensors: Mapping[str, Tensor], family: Family, layout: str) -> list
         ConfigError: there is no place for a tensor.
     """
     by_name = pieces_by_name(rules_of(family, layout), {name: tensor.shape for name, tensor in tensors.items()})
-    entries = []
+    entries, has_magnitudes = [], any(name.endswith("magnitude") for name in tensors)
     for name, pieces in by_name.items():
         tensor = tensors[name]
         if not pieces and name.endswith("magnitude") and layout == "peft":
@@ -183,7 +184,7 @@ def _entries(tensors: Mapping[str, Tensor], family: Family, layout: str) -> list
             raise ConfigError(
                 "other weights of the same experts have no adapter, and those who read this layout want them to",
                 where=name,
-                mend="Choose --format peft, or merge it into the weights (--merge).",
+                mend="Merge it into the weights (--merge)" + ("." if has_magnitudes else ", or choose --format peft."),
             )
         if not pieces:
             raise ConfigError(f"files of family {family.name!r} have no place for it", where=name)

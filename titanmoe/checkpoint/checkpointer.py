@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from titanmoe import __version__
 from titanmoe.checkpoint import step_folders
+from titanmoe.checkpoint.adapter_config import AdapterSettings
 from titanmoe.checkpoint.base_model import BaseModel
 from titanmoe.checkpoint.dcp_storage import Metadata, Shard, load_shards, read_metadata, save_shards, stored_tensors
 from titanmoe.checkpoint.files import retrying, write_whole
@@ -58,6 +59,7 @@ class Checkpointer:
         mesh: sizes of the mesh axes by name, recorded in the manifest.
         config_hash: hash of the resolved config, recorded; resuming under another one is logged.
         timeout: how long a rank waits for the others while they write.
+        adapters: settings of the model's adapters, recorded; None if it has none.
         base: where the frozen parameters of the model are from, which are then not saved: steps refer to it.
     """
 
@@ -70,6 +72,7 @@ class Checkpointer:
         mesh: Mapping[str, int] | None = None,
         config_hash: str = "",
         timeout: timedelta = timedelta(hours=1),
+        adapters: AdapterSettings | None = None,
         base: BaseModel | None = None,
     ) -> None:
         assert async_mode in ASYNC_MODES, async_mode
@@ -79,6 +82,7 @@ class Checkpointer:
         self._keep_latest_k = keep_latest_k
         self._mesh = dict(mesh or {})
         self._config_hash = config_hash
+        self._adapters = adapters
         self.base = base
         self._ranks = Ranks.create(timeout)
         self._staging = None if async_mode == "disabled" else Staging(_can_pin(async_mode))
@@ -244,6 +248,7 @@ class Checkpointer:
                 versions={"titanmoe": __version__, "torch": str(torch.__version__)},
                 files=files,
                 base=self.base,
+                adapters=self._adapters,
             )
             write_manifest(writing, manifest)
             step_folders.publish(self._folder, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ from titanmoe.checkpoint.adapter_config import adapter_config
 from titanmoe.checkpoint.adapter_figures import Figures
 from titanmoe.checkpoint.adapters import AdapterSummary, adapter_tensors, save_adapter
 from titanmoe.checkpoint.hf_entries import entries_of
-from titanmoe.checkpoint.hf_folder import require_folder
 from titanmoe.checkpoint.hf_save import SaveSummary, check_exportable, save_hf
 from titanmoe.checkpoint.hf_target import check_target
 from titanmoe.checkpoint.logits import adapted_logits_differ, merged_logits_differ, some_logits
@@ -51,9 +51,10 @@ def export_hf(
         ConfigError: adapters that are not to be merged, or none to merge; or see `find_model` and `save_hf`.
         NotExportedError: see `save_hf`.
     """
-    if require_folder(checkpoint).resolve() == Path(output).expanduser().resolve():
-        raise ConfigError("is the checkpoint itself", where=str(output), mend="Name another folder to write.")
+    _check_apart(output, checkpoint, "the checkpoint")
     source = find_model(checkpoint, dtype, tokenizer, config_file, on_progress, base)
+    if source.adapters is not None and source.adapters.base is not None:
+        _check_apart(output, source.adapters.base, "the model that the adapters are for")
     if merge and source.adapters is None:
         raise ConfigError("there are no adapters to merge", where=str(checkpoint), mend="Leave --merge out.")
     if source.adapters is not None and not merge:
@@ -62,7 +63,7 @@ def export_hf(
     plain = build_model(source.spec, dtype=source.dtype)
     check_exportable(plain, source.family, source.spec, dtype)
     num_bytes = sum(entry.num_bytes for entry in entries_of(model_tensors(plain), source.family, dtype))
-    check_target(Path(output).expanduser().resolve(), overwrite, num_bytes)
+    check_target(Path(os.path.expanduser(output)).resolve(), overwrite, num_bytes)
     model = source.build()
     source.fill(materialize(model, "cpu"))
     compare = None
@@ -122,10 +123,11 @@ def export_adapter(
         ConfigError: no adapters there; or see `find_model` and `save_adapter`.
         NotExportedError: see `save_adapter`.
     """
+    _check_apart(output, checkpoint, "the checkpoint")
     source = find_model(checkpoint, torch.bfloat16, "builtin", config_file, on_progress, base)
     if source.adapters is None:
         raise ConfigError("has no adapters", where=str(checkpoint), mend="Export the model with --format hf.")
-    check_target(Path(output).expanduser().resolve(), overwrite, 0)
+    check_target(Path(os.path.expanduser(output)).resolve(), overwrite, 0)
     model, compare = source.build(), None
     shapes = {name: tuple(tensor.shape) for name, tensor in adapter_tensors(model).items()}
     adapter_config(source.family, source.spec, shapes, source.adapters.settings, layout, None)
@@ -142,12 +144,22 @@ def export_adapter(
         source.family,
         source.adapters.settings,
         layout=layout,
-        base=source.adapters.base,
+        base=_absolute(source.adapters.base),
         overwrite=overwrite,
         verify=verify,
         compare=compare,
     )
     return summary, found
+
+
+def _check_apart(output: str | Path, source: str | Path, what: str) -> None:
+    if Path(os.path.expanduser(source)).resolve() == Path(os.path.expanduser(output)).resolve():
+        raise ConfigError(f"is {what} itself", where=str(output), mend="Name another folder to write.")
+
+
+def _absolute(base: str | None) -> str | None:
+    """For whoever reads it from another folder."""
+    return str(Path(base).resolve()) if base is not None and Path(base).is_dir() else base
 
 
 def _materialize_adapters(model: Decoder) -> None:

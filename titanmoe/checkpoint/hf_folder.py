@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ def require_folder(path: str | Path) -> Path:
     Raises:
         ConfigError: there is no such folder; for a name that looks like a hub's, how to get a local copy.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -8,6 +8,7 @@ is whole or is not there.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections import defaultdict
@@ -104,7 +105,7 @@ def save_hf(
     """
     started = time.perf_counter()
     report = on_progress or log_progress()
-    target = Path(folder).expanduser().resolve()
+    target = Path(os.path.expanduser(folder)).resolve()
     tensors = model_tensors(model)
     ranks = ranks_sharing(tensors.values())
     stored = stored_of_all(model, ranks)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from titanmoe.checkpoint.adapter_files import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from titanmoe.checkpoint.adapter_files import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from titanmoe.checkpoint.files import sync_folder, write_whole
 from titanmoe.checkpoint.hf_folder import (
     CONFIG_NAME,
@@ -59,6 +61,7 @@ def check_target(target: Path, overwrite: bool, num_bytes: int) -> None:
 
 def _is_of_an_export(name: str) -> bool:
     known = {CONFIG_NAME, GENERATION_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, *TOKENIZER_NAMES}
+    known |= {ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME}
     return name in known or (name.startswith("model-") and name.endswith(".safetensors"))
 
 

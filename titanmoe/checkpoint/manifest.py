@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titanmoe.checkpoint.adapter_config import AdapterSettings
 from titanmoe.checkpoint.base_model import BaseModel
 from titanmoe.checkpoint.files import retrying, sha256_of_file, write_whole
 
@@ -48,6 +49,7 @@ class Manifest:
         versions: versions of the software that saved it, by package.
         files: every other file of the folder, by name.
         base: the model that the adapters are for, if nothing else of a model is here.
+        adapters: the settings of adapters that their tensors do not tell; None if there are none.
     """
 
     step: int
@@ -58,6 +60,7 @@ class Manifest:
     versions: Mapping[str, str]
     files: Mapping[str, FileRecord]
     base: BaseModel | None = None
+    adapters: AdapterSettings | None = None
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
@@ -136,7 +139,13 @@ def _parse(text: bytes) -> Manifest:
     try:
         files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
         base = content.pop("base", None)
-        manifest = Manifest(**content, files=files, base=None if base is None else BaseModel(**base))
+        adapters = content.pop("adapters", None)
+        manifest = Manifest(
+            **content,
+            files=files,
+            base=None if base is None else BaseModel(**base),
+            adapters=None if adapters is None else AdapterSettings(**adapters),
+        )
     except (TypeError, AttributeError, KeyError):
         raise ManifestError("its manifest.json lacks fields") from None
     for name in manifest.files:

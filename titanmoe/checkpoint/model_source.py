@@ -19,7 +19,13 @@ from titanmoe.checkpoint.base_model import BaseModel
 from titanmoe.checkpoint.dcp_storage import Shard, load_shards, read_metadata, stored_tensors
 from titanmoe.checkpoint.find import find_start
 from titanmoe.checkpoint.hf_folder import CONFIG_NAME as HF_CONFIG_NAME
-from titanmoe.checkpoint.hf_folder import GENERATION_CONFIG_NAME, TOKENIZER_NAMES, read_hf_config, require_folder
+from titanmoe.checkpoint.hf_folder import (
+    GENERATION_CONFIG_NAME,
+    TOKENIZER_NAMES,
+    list_tensors,
+    read_hf_config,
+    require_folder,
+)
 from titanmoe.checkpoint.hf_load import load_hf_weights
 from titanmoe.checkpoint.matching import check_match
 from titanmoe.checkpoint.pretrained import choose_model, spec_of_hf_folder, tokenizer_folder
@@ -106,7 +112,8 @@ def find_model(
     Args:
         checkpoint: a run's step-N folder; its checkpoint folder, or the run's own, whose newest step is taken; a
             folder in Hugging Face layout, quantised or not; or one with an adapter in PEFT's.
-        dtype: that the parameters of a folder in Hugging Face layout get; FP8 is that of its files.
+        dtype: that the parameters of a folder in Hugging Face layout get; FP8 is that of its files. Those of a run are
+            as exact as they were saved, or as their base's files are.
         tokenizer: "builtin", or a folder with the tokenizer, where it should not be the checkpoint's own.
         config_file: the run's config.toml, where it is not in the run's folder.
         on_progress: by default, a line is logged every ten seconds.
@@ -118,7 +125,7 @@ def find_model(
     folder = require_folder(checkpoint)
     is_adapter_folder = (folder / ADAPTER_CONFIG_NAME).is_file()
     if not (is_adapter_folder or (folder / HF_CONFIG_NAME).is_file() or any(folder.glob("*.safetensors"))):
-        return _run_checkpoint(folder, tokenizer, config_file, on_progress, base)
+        return _run_checkpoint(folder, dtype, tokenizer, config_file, on_progress, base)
     if config_file is not None:
         raise ConfigError(
             f"has its own {ADAPTER_CONFIG_NAME if is_adapter_folder else HF_CONFIG_NAME}",
@@ -126,6 +133,9 @@ def find_model(
             mend="Leave the config out.",
         )
     if not is_adapter_folder:
+        if base is not None:
+            what = "is a whole model, and a base is named for it"
+            raise ConfigError(what, where=str(checkpoint), mend=f"Name a folder with an {ADAPTER_CONFIG_NAME}.")
         return _hf_folder(folder, dtype, tokenizer, on_progress)
     base_folder = require_folder(base or base_of_adapter(folder))
     return _with_adapter(_hf_folder(base_folder, dtype, tokenizer, on_progress), folder, base_folder)
@@ -170,6 +180,16 @@ def _with_adapter(source: ModelSource, folder: Path, base: Path) -> ModelSource:
     return replace(source, fill=fill, converters=(_LORA,), config=JobConfig(lora=section), adapters=adapters)
 
 
+def _dtype_of_base(folder: Path, wanted: torch.dtype) -> torch.dtype:
+    """What holds the values of its files as they are, so that a sum with them is rounded where it is written, and only
+    there. What is in few bits is rounded to bfloat16 unless float32 is wanted, which takes twice the memory.
+    """
+    dtypes = {info.dtype for info in list_tensors(folder).values() if len(info.shape) > 1}
+    if dtypes == {"BF16"} or (dtypes & {"F8_E4M3", "U8"} and wanted != torch.float32):
+        return torch.bfloat16
+    return torch.float32
+
+
 def _dtype_in(folder: Path) -> torch.dtype:
     config = read_hf_config(folder)
     is_float32 = config.get("dtype", config.get("torch_dtype")) == "float32"
@@ -178,6 +198,7 @@ def _dtype_in(folder: Path) -> torch.dtype:
 
 def _run_checkpoint(
     folder: Path,
+    wanted: torch.dtype,
     tokenizer: str | None,
     config_file: str | Path | None,
     on_progress: Progress | None,
@@ -196,6 +217,9 @@ def _run_checkpoint(
     config = resolve(file=str(config_path)).config
     if config_fingerprint(config) != manifest.config_hash:
         logger.info("%s differs from the config that step %d was saved under", config_path, manifest.step)
+    if manifest.adapters is not None:
+        config = _with_scale_of(manifest.adapters, config, config_path)
+    config = _with_base(config, base_folder)
     family, spec = _model_of(config, config_path)
     tokenizer_dir = tokenizer_folder(tokenizer or config.model.tokenizer_path or config.model.hf_assets_path)
     if not tokenizer_dir.is_dir():
@@ -233,7 +257,7 @@ def _run_checkpoint(
     # Without an embedding it is of another model, as `fill` will say.
     dtype = embedding.dtype if embedding else torch.float32
     if base is not None and Path(base).is_dir():
-        dtype = _dtype_in(Path(base))
+        dtype = _dtype_of_base(Path(base), wanted)
     adapters = None
     if _LORA in config.model.converters:
         begins = config.checkpoint
@@ -247,6 +271,23 @@ def _run_checkpoint(
     if left := [name for name in config.model.converters if name not in kept]:
         logger.info("%s: not used here, since no values of the model depend on it", ", ".join(left))
     return ModelSource(family, spec, dtype, tokenizer_dir, None, fill, kept, config, adapters)
+
+
+def _with_scale_of(saved: AdapterSettings, config: JobConfig, path: Path) -> JobConfig:
+    """With the scale that a step's adapters were trained with. The newest config may have another."""
+    lora = replace(config.lora, rank=saved.rank, alpha=saved.alpha, use_rslora=saved.use_rslora)
+    if lora != config.lora:
+        text = "adapters are scaled as when they were saved, not as %s says: rank %d, alpha %g, use_rslora %s"
+        logger.info(text, path, saved.rank, saved.alpha, str(saved.use_rslora).lower())
+    return replace(config, lora=lora)
+
+
+def _with_base(config: JobConfig, base_folder: str | Path | None) -> JobConfig:
+    """With the folder of the base where it is now."""
+    model = config.model
+    if base_folder is None or model.hf_assets_path is None or not Path(base_folder).is_dir():
+        return config  # where it is needed, that it is no folder is told
+    return replace(config, model=replace(model, hf_assets_path=str(base_folder)))
 
 
 _RELATIVE = "Names in the config that do not begin with / are relative to the folder the job was started in."
@@ -281,6 +322,6 @@ def _model_of(config: JobConfig, path: Path) -> tuple[Family, DecoderSpec]:
             f'model.name is "auto", and model.hf_assets_path, whose config.json says what model it is, is no folder: '
             f"{model.hf_assets_path}",
             where=str(path),
-            mend=f"{_RELATIVE} Or change a copy of the config, and name it with --config.",
+            mend=f"{_RELATIVE} --base DIR names another one.",
         )
     return choose_model(model.name, model.flavor, model.hf_assets_path, selection_bias=config.moe.bias_update_rate > 0)

@@ -12,7 +12,7 @@ from titanmoe.config.schema import Schema
 from titanmoe.config.sections.quantize import CONVERTERS
 from titanmoe.config.values import to_toml_value
 
-_SECTIONS = ("model", "training", "data", "optimizer", "lr_scheduler", "moe", "compile", "quantize", "debug")
+_SECTIONS = ("model", "training", "data", "optimizer", "lr_scheduler", "moe", "compile", "quantize", "lora", "debug")
 _OTHER_KEYS = frozenset(
     {
         "model.print_after_conversion",

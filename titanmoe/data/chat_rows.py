@@ -55,7 +55,7 @@ def open_rows(path: str, messages_key: str) -> Rows:
 
 def _holds_list(file: Path) -> bool:
     with file.open("rb") as content:
-        return content.read(64).lstrip().startswith(b"[")
+        return content.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 class JsonLines:
@@ -92,7 +92,7 @@ class JsonLines:
             with self._files[number].open("rb") as file:
                 file.seek(begin)
                 row = json.loads(file.readline())
-        except (OSError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
+        except (OSError, RecursionError, ValueError) as error:  # ValueError: not JSON, or not UTF-8
             raise ConfigError(
                 f"cannot be read as JSON: {error}", where=self.where(index), mend="Mend or remove the line."
             ) from error

@@ -45,9 +45,13 @@ class ChatSource:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def messages(self, index: int) -> list[Message]:
+        """The conversation of a row, checked."""
+        return check_messages(self._rows[index])
+
     def __getitem__(self, index: int) -> Rendered:
         try:
-            messages = check_messages(self._rows[index])
+            messages = self.messages(index)
             if not self._assistant_only:
                 text = self._template.render(messages)
                 return Rendered(text, ((0, len(text)),))
@@ -93,6 +97,12 @@ def open_chat(
     source = ChatSource(rows, chat_template, loss_on == "assistant")
     first = source[0]
     if loss_on == "assistant":
+        if not first.supervised and any(each["content"] for each in source.messages(0) if each["role"] == "assistant"):
+            raise ConfigError(
+                "the generation blocks of the chat template hold nothing that the assistant wrote",
+                where=chat_template.name,
+                mend='Mend them, or set data.loss_on = "all".',
+            )
         begin, end = first.supervised[-1] if first.supervised else (0, 0)
         if not chat_template.ends_turn(first.text[begin:end]):
             logger.warning(
@@ -115,7 +125,10 @@ def check_messages(row: Any) -> list[Message]:
     for number, given in enumerate(row):
         if not isinstance(given, dict):
             raise ConfigError(f"messages[{number}] is a {_kind(given)}, not an object", mend=mend)
-        message = _without_none(given)
+        try:
+            message = _without_none(given)
+        except RecursionError as error:
+            raise ConfigError(f"messages[{number}] is nested too deeply", mend=mend) from error
         role = message.get("role")
         if role not in ROLES:
             raise ConfigError(f"messages[{number}] has the role {role!r}", mend=f"Known roles: {', '.join(ROLES)}.")

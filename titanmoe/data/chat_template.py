@@ -59,14 +59,17 @@ class ChatTemplate:
     ) -> None:
         self.name, self.text = name, text
         self.digest = hashlib.sha256(repr((text, sorted(variables.items()))).encode()).hexdigest()[:16]
-        self.has_blocks = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) is not None
         self._variables, self._special_tokens = dict(variables), tuple(special_tokens)
+        environment = _environment(clock)
         try:
-            self._template = _environment(clock).from_string(text)
-        except jinja2.TemplateSyntaxError as error:
+            parsed = environment.parse(text)
+            self.has_blocks = any(_BEGIN in each.data for each in parsed.find_all(nodes.TemplateData))
+            self._template = environment.from_string(parsed)
+        except Exception as error:  # an expression without names is computed here
+            line = f", line {error.lineno} of the template" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise ConfigError(
-                f"is no chat template: {error.message}",
-                where=f"{name}, line {error.lineno} of the template",
+                f"is no chat template: {error}",
+                where=f"{name}{line}",
                 mend="Mend it, or set data.chat_template to another.",
             ) from error
 
@@ -125,25 +128,18 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=list(messages),
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,
             )
-        # A template may do with the values it finds whatever Python allows, and fail as Python does.
-        except (
-            jinja2.TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+            text.encode()  # half of a surrogate pair, as JSON may hold, is no text
+            return text
+        except Exception as error:  # a template may do whatever Python allows, and fail as Python does
             raise ConfigError(
-                f"the chat template {self.name} fails: {error}",
+                f"the chat template {self.name} fails: {str(error) or type(error).__name__}",
                 mend="Mend the conversation, or set data.chat_template to a template that takes it.",
             ) from error
 

@@ -50,7 +50,9 @@ class Sampling:
         """tokens_B, int64."""
         if self.temperature == 0.0:
             return logits_BV.argmax(dim=-1)
-        probabilities_BV = (logits_BV.float() / self.temperature).softmax(dim=-1)
+        below_most_BV = logits_BV.float() - logits_BV.amax(dim=-1, keepdim=True).float()
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        probabilities_BV = (below_most_BV / temperature).softmax(dim=-1)
         sorted_BV, token_BV = probabilities_BV.sort(dim=-1, descending=True, stable=True)
         end_BV = sorted_BV.cumsum(dim=-1)
         # A token is in the nucleus if those before it have less than top_p; the first one always is.

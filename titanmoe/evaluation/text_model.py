@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,18 +46,29 @@ class TextModel:
     def turn_end_ids(self) -> frozenset[int]:
         """The special token with which the chat template ends what the assistant says, if it does."""
         conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-        rendered = self.template.render_supervised(conversation)
-        last = self.tokenizer.encode(rendered.text[: rendered.supervised[-1][1]])[-1] if rendered.supervised else -1
+        text = ""
+        with contextlib.suppress(ConfigError):  # it takes no such turn
+            text = self.template.render(conversation).rstrip()
+        with contextlib.suppress(ConfigError):  # what the assistant wrote cannot be told from the text: then it is this
+            rendered = self.template.render_supervised(conversation)
+            text = rendered.text[: rendered.supervised[-1][1]] if rendered.supervised else ""
+        last = self.tokenizer.encode(text)[-1] if text else -1
         added = self.tokenizer.backend.get_added_tokens_decoder()
         return frozenset({last} if last in added and added[last].special else ())
 
     def encode(self, prompt: Prompt) -> list[int]:
         """
         Raises:
-            ConfigError: a conversation, for which there is no chat template, or one that refuses it.
+            ConfigError: not a text in Unicode; a conversation, for which there is no chat template, or one that refuses
+                it.
         """
+        text = prompt if isinstance(prompt, str) else self.template.render(prompt, add_generation_prompt=True)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"is not UTF-8: {error.reason}", where=f"prompt {text[:40]!r}") from error
         if not isinstance(prompt, str):
-            return self.tokenizer.encode(self.template.render(prompt, add_generation_prompt=True))
+            return self.tokenizer.encode(text)
         begin = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
         return [*begin, *self.tokenizer.encode(prompt)]
 
@@ -156,6 +168,6 @@ def read_prompt_file(path: str) -> list[Prompt]:
     try:
         with open(path, encoding="utf-8") as file:
             return read_prompts(file, path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8, or nested too deeply"
         raise ConfigError(f"cannot be read: {reason}", where=path) from error

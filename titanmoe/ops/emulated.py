@@ -44,10 +44,10 @@ class EmulatedKernels:
         (x_RC,), (w,) = rows, weights
         if offsets_E is None:
             return x_RC @ (w.t() if along == "in" else w)
-        return rows_times_weights(x_RC, w, offsets_E, num_rows, transpose=along == "in", kernel=self.plain_kernel)
+        return rows_times_weights(x_RC, w, offsets_E, num_rows, transpose=along == "in", kernel_name=self.plain_kernel)
 
     def weight_gradient(self, dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor | None) -> Tensor:
         if offsets_E is None:
             return rounded(dy_RN, -2, self.scaling).t() @ rounded(x_RK, -2, self.scaling)
         dy_RN, x_RK = (rounded_groups(operand, offsets_E, self.scaling) for operand in (dy_RN, x_RK))
-        return rows_times_rows(dy_RN, x_RK, offsets_E, kernel=self.plain_kernel)
+        return rows_times_rows(dy_RN, x_RK, offsets_E, kernel_name=self.plain_kernel)

@@ -217,7 +217,7 @@ def _product(
     x_RC, parts = x_RC.contiguous(), [part for part in all_parts if part is not None]
     if kernels is None:
         return rows_times_frozen(
-            x_RC, parts, offsets_E, num_rows, format_name, transpose=transpose, kernel=plain_kernel
+            x_RC, parts, offsets_E, num_rows, format_name, transpose=transpose, kernel_name=plain_kernel
         )
     y_RC = (kernels.product if transpose else kernels.input_gradient)(x_RC, parts, offsets_E, num_rows)
     # Under torch.compile of torch 2.11, gradients through a cast that changes nothing are zero.
@@ -233,14 +233,14 @@ def rows_times_frozen(
     format_name: str,
     *,
     transpose: bool,
-    kernel: str = "auto",
+    kernel_name: str = "auto",
 ) -> Tensor:
     """x @ w.T if `transpose`, else x @ w; with offsets, of each expert's rows with its weight. See `grouped_mm`."""
     w = FrozenWeight(format_named(format_name), tuple(parts), offsets_E is not None)
     by_expert = _waits_for_nothing(x_RC.device)
     if offsets_E is not None and not by_expert and w.numel <= tile_numel(w.device):
         weights_ENK = w.dequantize(x_RC.dtype)
-        return rows_times_weights(x_RC, weights_ENK, offsets_E, num_rows, transpose=transpose, kernel=kernel)
+        return rows_times_weights(x_RC, weights_ENK, offsets_E, num_rows, transpose=transpose, kernel_name=kernel_name)
     y_RC = x_RC.new_empty(x_RC.shape[0], w.shape[-2 if transpose else -1])
     if offsets_E is None:
         _multiply(x_RC, w, transpose, y_RC)
@@ -262,7 +262,7 @@ def rows_times_frozen(
                 offsets_E[first:last] - rows.start,
                 rows.stop - rows.start,
                 transpose=transpose,
-                kernel=kernel,
+                kernel_name=kernel_name,
             )
     y_RC[ends[-1] :].zero_()
     return y_RC
@@ -277,7 +277,7 @@ def _(
     format_name: str,
     *,
     transpose: bool,
-    kernel: str = "auto",
+    kernel_name: str = "auto",
 ) -> Tensor:
     w = FrozenWeight(format_named(format_name), tuple(parts), offsets_E is not None)
     return x_RC.new_empty(x_RC.shape[0], w.shape[-2 if transpose else -1])

@@ -137,7 +137,9 @@ class EmulatedFrozenKernels:
         self, rows_RC: Tensor, parts: Parts, offsets_E: Tensor | None, num_rows: int, *, transpose: bool
     ) -> Tensor:
         name = "float8-block" if self.has_blocks else "float8-channel"
-        return rows_times_frozen(rows_RC, list(parts), offsets_E, num_rows, name, transpose=transpose, kernel="loop")
+        return rows_times_frozen(
+            rows_RC, list(parts), offsets_E, num_rows, name, transpose=transpose, kernel_name="loop"
+        )
 
 
 def _codes_and_scales(parts: Parts, offsets_E: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,7 @@ def grouped_mm(x_RK: Tensor, w_ENK: Tensor, offsets_E: Tensor, num_rows: int = 0
         no weight gradient.
     """
     if not torch.is_grad_enabled():  # a decoding step is short enough to feel the cost of a node
-        return rows_times_weights(x_RK, w_ENK, offsets_E, num_rows, transpose=True, kernel=kernel)
+        return rows_times_weights(x_RK, w_ENK, offsets_E, num_rows, transpose=True, kernel_name=kernel)
     return _GroupedProduct.apply(x_RK, w_ENK.view_as(w_ENK), offsets_E, num_rows, kernel)  # see `wants_gradient`
 
 
@@ -93,7 +93,7 @@ class _GroupedProduct(torch.autograd.Function):
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x_RK if needs_dw else None, w_ENK if needs_dx else None, offsets_E)
         ctx.num_rows, ctx.kernel = num_rows, kernel
-        return rows_times_weights(x_RK, w_ENK, offsets_E, num_rows, transpose=True, kernel=kernel)
+        return rows_times_weights(x_RK, w_ENK, offsets_E, num_rows, transpose=True, kernel_name=kernel)
 
     @staticmethod
     def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -101,22 +101,23 @@ class _GroupedProduct(torch.autograd.Function):
         dy_RN = dy_RN.contiguous()
         dx_RK = dw_ENK = None
         if w_ENK is not None and wants_gradient(ctx, 0):
-            dx_RK = rows_times_weights(dy_RN, w_ENK, offsets_E, ctx.num_rows, transpose=False, kernel=ctx.kernel)
+            dx_RK = rows_times_weights(dy_RN, w_ENK, offsets_E, ctx.num_rows, transpose=False, kernel_name=ctx.kernel)
         if x_RK is not None and wants_gradient(ctx, 1):
-            dw_ENK = rows_times_rows(dy_RN, x_RK, offsets_E, kernel=ctx.kernel)
+            dw_ENK = rows_times_rows(dy_RN, x_RK, offsets_E, kernel_name=ctx.kernel)
         return dx_RK, dw_ENK, None, None, None
 
 
-# Custom operators, so that torch.compile sees shapes and not loops, and float32 needs no compiled grouped kernel.
+# Custom operators, so that torch.compile sees shapes and not loops, and float32 needs no compiled grouped kernel. No
+# argument may be `kernel`: Inductor passes arguments on by name beside one of its own that is called so.
 
 
 @torch.library.custom_op("titanmoe::rows_times_weights", mutates_args=())
 def rows_times_weights(
-    x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, num_rows: int, *, transpose: bool, kernel: str = "auto"
+    x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, num_rows: int, *, transpose: bool, kernel_name: str = "auto"
 ) -> Tensor:
     """x[r] @ w[e].T if `transpose`, else x[r] @ w[e]. See `grouped_mm`."""
     w_EAB = w_ENK.transpose(-2, -1) if transpose else w_ENK
-    if _uses_grouped_kernel(x_RA, w_ENK.shape[1:], kernel):
+    if _uses_grouped_kernel(x_RA, w_ENK.shape[1:], kernel_name):
         return zero_tail_(F.grouped_mm(x_RA, w_EAB, offs=offsets_E), offsets_E, num_rows)
     y_RB = x_RA.new_empty(x_RA.shape[0], w_EAB.shape[2])
     weights, end = w_EAB.unbind(0), 0
@@ -130,15 +131,15 @@ def rows_times_weights(
 
 @rows_times_weights.register_fake
 def _(
-    x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, num_rows: int, *, transpose: bool, kernel: str = "auto"
+    x_RA: Tensor, w_ENK: Tensor, offsets_E: Tensor, num_rows: int, *, transpose: bool, kernel_name: str = "auto"
 ) -> Tensor:
     return x_RA.new_empty(x_RA.shape[0], w_ENK.shape[1 if transpose else 2])
 
 
 @torch.library.custom_op("titanmoe::rows_times_rows", mutates_args=())
-def rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, *, kernel: str = "auto") -> Tensor:
+def rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, *, kernel_name: str = "auto") -> Tensor:
     """The weight gradient: dy[rows of e].T @ x[rows of e] for every expert; zero for an expert without rows."""
-    if _uses_grouped_kernel(x_RK, (dy_RN.shape[1], x_RK.shape[1]), kernel):
+    if _uses_grouped_kernel(x_RK, (dy_RN.shape[1], x_RK.shape[1]), kernel_name):
         return F.grouped_mm(dy_RN.t(), x_RK, offs=offsets_E)
     dw_ENK = x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
     for expert, rows in expert_rows(offsets_E):
@@ -147,7 +148,7 @@ def rows_times_rows(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, *, kernel: s
 
 
 @rows_times_rows.register_fake
-def _(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, *, kernel: str = "auto") -> Tensor:
+def _(dy_RN: Tensor, x_RK: Tensor, offsets_E: Tensor, *, kernel_name: str = "auto") -> Tensor:
     return x_RK.new_empty(offsets_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
 
 

@@ -16,8 +16,7 @@ any leading shape. FLOPs of the addition: 2 T L (K + N) forward, twice that back
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -26,22 +25,11 @@ from torch import Tensor
 
 from titanmoe.ops.expert_bias import experts_of_rows
 from titanmoe.ops.frozen import FrozenWeight
-from titanmoe.ops.grouped_mm import (
-    GroupedProduct,
-    Kernel,
-    PlainGroupedProduct,
-    expert_rows,
-    rows_times_rows,
-    rows_times_weights,
-)
+from titanmoe.ops.grouped_mm import GroupedProduct, Kernel, PlainGroupedProduct, expert_rows
+from titanmoe.ops.low_rank_rows import LowRankRows
 from titanmoe.ops.partial_backward import wants_gradient
+from titanmoe.ops.permute import Copies, rows_of_experts, tokens_of_experts
 from titanmoe.ops.rows import works_in_blocks
-
-_ALIGNMENT_BYTES = 16  # of the row strides of what `F.grouped_mm` multiplies
-
-_BLOCK_ROWS, _NARROW, _BLOCKS_AT_ONCE = 32, 16, 64
-"""On the CPU in bfloat16, products with factors of at most this rank take longer to begin than to compute. They go by
-blocks of rows, many at once, where every expert's rows are whole blocks."""
 
 Base = TypeVar("Base", bound=Callable[..., Tensor])
 
@@ -114,7 +102,10 @@ class LowRankLinearProduct(_LowRankProduct[Callable[..., Tensor]]):
         y_TN = None
         if self.base is not F.linear or not _goes_with_base(adapted) or not (has_gain or bias_N is None):
             y_TN = self.base(x, adapted.weight, None if has_gain else bias_N).flatten(0, -2)
-        y_TN = _add(y_TN, _drop(x, adapted).flatten(0, -2), adapted, self.scale)
+        a, b = adapted.a, adapted.b
+        w = adapted.weight if y_TN is None else None
+        x_TK = _drop(x, adapted).flatten(0, -2)
+        y_TN = _AddLowRank.apply(x_TK, a.view_as(a), b.view_as(b), y_TN, w, self.scale)  # views: see `wants_gradient`
         y = y_TN.view(*x.shape[:-1], -1)
         if has_gain:
             y = (y * self.gain(x, adapted)).to(y.dtype)
@@ -138,15 +129,60 @@ class LowRankGroupedProduct(_LowRankProduct[GroupedProduct]):
         self.plain = PlainGroupedProduct(kernel)
 
     def __call__(self, x_RK: Tensor, adapted: Adapted, offsets_E: Tensor, num_rows: int = 0) -> Tensor:
-        y_RN, kernel = None, self.plain.kernel
-        if isinstance(self.base, PlainGroupedProduct) and _goes_with_base(adapted):
-            kernel = self.base.kernel
-        else:
-            y_RN = self.base(x_RK, adapted.weight, offsets_E, num_rows)
-        y_RN = _add(y_RN, _drop(x_RK, adapted), adapted, self.scale, offsets_E, num_rows, kernel)
+        y_RN, _ = self._multiply(x_RK, adapted, (offsets_E, num_rows), adapted.a, adapted.b)
         if adapted.magnitude is None:
             return y_RN
         return scale_outputs(y_RN, self.gain(x_RK, adapted), offsets_E)
+
+    def suits_tokens(self, adapted: Adapted, copies: Copies) -> bool:
+        """Whether the factor that multiplies whole tokens should see these instead of their copies.
+
+        It is then multiplied with the factors of all experts, of which the token's own are used. That is little work
+        where these have few features together, as with many experts there is a small rank.
+        """
+        num_experts, rank, dim = adapted.a.shape[0], adapted.a.shape[1], copies.x_TD.shape[1]
+        return (
+            adapted.magnitude is None  # which multiplies what is added, differently for every expert
+            and not adapted.dropout
+            and copies.experts_TK.shape[1] > 1
+            and copies.x_TD.shape[0] >= num_experts
+            and 2 * num_experts * rank <= dim
+        )
+
+    def from_tokens(self, x_RK: Tensor, adapted: Adapted, offsets_E: Tensor, num_rows: int, copies: Copies) -> Tensor:
+        """The same, with x A^T of tokens and not of their copies. FLOPs of it: 2 T E L K."""
+        a_XK = adapted.a.to(x_RK.dtype).flatten(0, 1)
+        h_RL = rows_of_experts(F.linear(copies.x_TD, a_XK), len(adapted.a), copies)
+        return self._multiply(x_RK, adapted, (offsets_E, num_rows), None, adapted.b, h_RL)[0]
+
+    def to_tokens(
+        self, x_RK: Tensor, adapted: Adapted, offsets_E: Tensor, num_rows: int, copies: Copies
+    ) -> tuple[Tensor, Tensor]:
+        """The base's product of the rows; and apart from it, the sum over each token's copies of what is added.
+
+        FLOPs of the latter: 2 T E L N.
+        """
+        y_RN, h_RL = self._multiply(x_RK, adapted, (offsets_E, num_rows), adapted.a, None)
+        assert h_RL is not None
+        b_XN = (adapted.b * self.scale).to(x_RK.dtype).mT.flatten(0, 1)
+        return y_RN, tokens_of_experts(h_RL, len(adapted.b), copies) @ b_XN
+
+    def _multiply(
+        self, x_RK: Tensor, adapted: Adapted, rows: tuple[Tensor, int], a: Any, b: Any, h_RL: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `LowRankRows`."""
+        y_RN = w = None
+        kernel = self.plain.kernel
+        if isinstance(self.base, PlainGroupedProduct) and _goes_with_base(adapted):
+            w, kernel = adapted.weight, self.base.kernel
+        else:
+            y_RN = self.base(x_RK, adapted.weight, *rows)
+        a, b = (None if factor is None else factor.view_as(factor) for factor in (a, b))
+        added_to = None if b is None else y_RN
+        out_RN, h_RL = LowRankRows.apply(_drop(x_RK, adapted), h_RL, a, b, added_to, w, self.scale, *rows, kernel)
+        found_RN = y_RN if out_RN is None else out_RN
+        assert found_RN is not None
+        return found_RN, h_RL
 
     def row_multiple(self, x: Tensor, trains: bool) -> int:
         """See `GroupedProduct`. The factors are trained in any case."""
@@ -186,286 +222,48 @@ def _goes_with_base(adapted: Adapted) -> bool:
     return not adapted.dropout and not adapted.weight.requires_grad
 
 
-def _add(
-    y_RN: Tensor | None,
-    x_RK: Tensor,
-    adapted: Adapted,
-    scale: float,
-    offsets_E: Tensor | None = None,
-    num_rows: int = 0,
-    kernel: Kernel = "auto",
-) -> Tensor:
-    """y + scale * (x A^T) B^T, where y is x W^T if it is not given. Without offsets all rows are of one A, B and W."""
-    a, b = adapted.a, adapted.b
-    w = adapted.weight if y_RN is None else None
-    return _AddLowRank.apply(x_RK, a.view_as(a), b.view_as(b), y_RN, w, scale, offsets_E, num_rows, kernel)
-
-
 class _AddLowRank(torch.autograd.Function):
-    """What it saves is x, x A^T, and the weight and factors as they are stored, of which no other copy lives on."""
+    """y + scale * (x A^T) B^T, where y is x W^T if it is not given.
+
+    What it saves is x, x A^T, and the weight and factors as they are stored, of which no other copy lives on.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_RK: Tensor,
-        a: Tensor,
-        b: Tensor,
-        y_RN: Tensor | None,
-        w: Tensor | None,
-        scale: float,
-        offsets_E: Tensor | None,
-        num_rows: int,
-        kernel: Kernel,
+        ctx: Any, x_TK: Tensor, a_LK: Tensor, b_NL: Tensor, y_TN: Tensor | None, w_NK: Tensor | None, scale: float
     ) -> Tensor:
-        ctx.settings = scale, num_rows, kernel
-        a_ELK, b_ELN = _factors(a, b, scale, x_RK, kernel)
-        if offsets_E is None:
-            h_RL = x_RK @ a_ELK.t()
-            y_RN = y_RN if w is None else x_RK @ w.t()
-            assert y_RN is not None
-            out_RN = torch.addmm(y_RN, h_RL, b_ELN)  # not in place: recomputation may keep the first product
-        else:
-            out_RN, h_RL = add_low_rank(x_RK, a_ELK, b_ELN, y_RN, w, offsets_E, num_rows, kernel=kernel)
-        ctx.save_for_backward(x_RK, h_RL, a, b, w if ctx.needs_input_grad[0] else None, offsets_E)
-        return out_RN
+        ctx.scale = scale
+        a, b_LN = _factors(a_LK, b_NL, scale, x_TK.dtype)
+        h_TL = x_TK @ a.t()
+        y_TN = y_TN if w_NK is None else x_TK @ w_NK.t()
+        ctx.save_for_backward(x_TK, h_TL, a_LK, b_NL, w_NK if ctx.needs_input_grad[0] else None)
+        assert y_TN is not None
+        return torch.addmm(y_TN, h_TL, b_LN)  # not in place: recomputation may keep the first product
 
     @staticmethod
-    def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor | None, ...]:
-        x_RK, h_RL, a, b, w, offsets_E = ctx.saved_tensors
-        scale, num_rows, kernel = ctx.settings
-        dy_RN = dy_RN.contiguous()
-        a_ELK, b_ELN = _factors(a, b, scale, x_RK, kernel)
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
+        x_TK, h_TL, a_LK, b_NL, w_NK = ctx.saved_tensors
+        dy_TN = dy_TN.contiguous()
+        a, b_LN = _factors(a_LK, b_NL, ctx.scale, x_TK.dtype)
         wants_x, wants_a, wants_b = (wants_gradient(ctx, index) for index in range(3))
         dx = da = db = None
-        if offsets_E is None:
-            # The wide product first: what it reads is then in the cache, and what it wrote.
-            of_base = dy_RN @ w if wants_x and w is not None else None
-            dh_RL = dy_RN @ b_ELN.t()
-            if wants_x:
-                dx = dh_RL @ a_ELK if of_base is None else of_base.addmm_(dh_RL, a_ELK)
-            if wants_a:
-                da = dh_RL.t() @ x_RK
-            if wants_b:
-                db = h_RL.t() @ dy_RN
-        else:
-            dx, da, db = low_rank_gradients(
-                dy_RN, x_RK, h_RL, a_ELK, b_ELN, w, offsets_E, num_rows, [wants_x, wants_a, wants_b], kernel=kernel
-            )
-        rank = a.shape[-2]
-        return (
-            dx if wants_x else None,
-            da[..., :rank, :].to(a.dtype) if da is not None and wants_a else None,
-            (db[..., :rank, :].mT * scale).to(b.dtype) if db is not None and wants_b else None,
-            dy_RN if ctx.needs_input_grad[3] else None,
-            *[None] * 5,
-        )
-
-
-def _factors(a: Tensor, b: Tensor, scale: float, x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """A, and B transposed and times `scale`, in the dtype of x: with a narrow last dim, products of the backward pass
-    take BLAS three times as long. Where `F.grouped_mm` multiplies, with zeros up to a rank that it takes.
-    """
-    a_ELK, b_ELN = a.to(x.dtype), (b * scale).to(x.dtype).mT.contiguous()
-    missing = -a.shape[-2] % (_ALIGNMENT_BYTES // x.element_size())
-    if not missing or a.dim() == 2 or not _goes_to_kernel(x, kernel):
-        return a_ELK, b_ELN
-    return F.pad(a_ELK, (0, 0, 0, missing)), F.pad(b_ELN, (0, 0, 0, missing))
-
-
-def _goes_to_kernel(x: Tensor, kernel: str) -> bool:
-    return x.device.type != "cpu" or kernel == "torch"
-
-
-def _experts_of_blocks(x: Tensor, offsets_E: Tensor, rank: int) -> Tensor | None:
-    """Whose each block of rows is, if products with factors are to go by blocks; see `_NARROW`."""
-    if x.dtype == torch.float32 or rank > _NARROW or (offsets_E % _BLOCK_ROWS).any() or not offsets_E[-1]:
-        return None
-    ends_E = offsets_E // _BLOCK_ROWS
-    return torch.searchsorted(ends_E, torch.arange(int(ends_E[-1]), dtype=ends_E.dtype), right=True)
-
-
-def _blocks(rows: Tensor, experts_b: Tensor) -> Tensor:
-    """(R, C) as (blocks, their rows, C), without a copy; rows beyond the last block are left out."""
-    return rows[: _BLOCK_ROWS * experts_b.shape[0]].unflatten(0, (-1, _BLOCK_ROWS))
-
-
-def _after_products(x_RA: Tensor, w_EAB: Tensor | None, y_RB: Tensor, offsets_E: Tensor) -> Iterator[slice]:
-    """Write x[r] @ w[e(r)] to y, expert by expert, if there is a w; and yield slices of blocks whose rows were just
-    gone over, so that they are in the cache. All but the last are of one size, for which a kernel is built once.
-    """
-    begin, num_blocks = 0, int(offsets_E[-1]) // _BLOCK_ROWS
-    for expert, rows in expert_rows(offsets_E):
-        if w_EAB is not None and rows.start < rows.stop:
-            torch.mm(x_RA[rows], w_EAB[expert], out=y_RB[rows])
-        while begin < num_blocks and rows.stop // _BLOCK_ROWS >= min(begin + _BLOCKS_AT_ONCE, num_blocks):
-            yield slice(begin, min(begin + _BLOCKS_AT_ONCE, num_blocks))
-            begin += _BLOCKS_AT_ONCE
-
-
-def _sums_of_blocks(addends_b: Tensor, experts_b: Tensor, num_experts: int) -> Tensor:
-    """(blocks, ...) -> (E, ...)."""
-    of_expert_Eb = (experts_b == torch.arange(num_experts)[:, None]).to(addends_b.dtype)
-    return (of_expert_Eb @ addends_b.flatten(1)).view(num_experts, *addends_b.shape[1:])
-
-
-@torch.library.custom_op("titanmoe::add_low_rank", mutates_args=())
-def add_low_rank(
-    x_RK: Tensor,
-    a_ELK: Tensor,
-    b_ELN: Tensor,
-    y_RN: Tensor | None,
-    w_ENK: Tensor | None,
-    offsets_E: Tensor,
-    num_rows: int,
-    *,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
-    """y[r] + h[r] @ b[e(r)] and h[r] = x[r] @ a[e(r)].T; y is that of `w_ENK` if it is not given.
-
-    Beyond the last offset the first is what y is, and the second is not defined.
-    """
-    rows = offsets_E, num_rows
-    if _goes_to_kernel(x_RK, kernel):
-        base_RN = y_RN
-        if base_RN is None:
-            base_RN = rows_times_weights(x_RK, w_ENK, *rows, transpose=True, kernel=kernel)
-        h_RL = rows_times_weights(x_RK, a_ELK, *rows, transpose=True, kernel=kernel)
-        return rows_times_weights(h_RL, b_ELN, *rows, transpose=False, kernel=kernel).add_(base_RN), h_RL
-    h_RL = x_RK.new_empty(x_RK.shape[0], a_ELK.shape[1])
-    out_RN = x_RK.new_empty(x_RK.shape[0], b_ELN.shape[-1])
-    experts_b = _experts_of_blocks(x_RK, offsets_E, a_ELK.shape[1])
-    if experts_b is not None:
-        x_b, h_b, out_b, y_b = (
-            _blocks(each, experts_b) for each in (x_RK, h_RL, out_RN, out_RN if y_RN is None else y_RN)
-        )
-        a_b, b_b = a_ELK[experts_b], b_ELN[experts_b]
-        for part in _after_products(x_RK, None if w_ENK is None else w_ENK.mT, out_RN, offsets_E):
-            torch.bmm(x_b[part], a_b[part].mT, out=h_b[part])
-            torch.baddbmm(y_b[part], h_b[part], b_b[part], out=out_b[part])
-        end = int(offsets_E[-1])
-        out_RN[end:] = 0.0 if y_RN is None else y_RN[end:]
-        return out_RN, h_RL
-    for x, h, out, y, a, b, w in _by_expert(offsets_E, (x_RK, h_RL, out_RN, y_RN), (a_ELK, b_ELN, w_ENK)):
-        torch.mm(x, a.t(), out=h)
-        torch.addmm(torch.mm(x, w.t(), out=out) if y is None else y, h, b, out=out)
-    end = int(offsets_E[-1])
-    out_RN[end:] = 0.0 if y_RN is None else y_RN[end:]
-    return out_RN, h_RL
-
-
-@add_low_rank.register_fake
-def _(
-    x_RK: Tensor, a_ELK: Tensor, b_ELN: Tensor, y_RN: Any, w_ENK: Any, offsets_E: Tensor, num_rows: int, *, kernel: str
-) -> tuple[Tensor, Tensor]:
-    num_rows = x_RK.shape[0]
-    return x_RK.new_empty(num_rows, b_ELN.shape[-1]), x_RK.new_empty(num_rows, a_ELK.shape[1])
-
-
-@torch.library.custom_op("titanmoe::low_rank_gradients", mutates_args=())
-def low_rank_gradients(
-    dy_RN: Tensor,
-    x_RK: Tensor,
-    h_RL: Tensor,
-    a_ELK: Tensor,
-    b_ELN: Tensor,
-    w_ENK: Tensor | None,
-    offsets_E: Tensor,
-    num_rows: int,
-    wants: Sequence[bool],
-    *,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x, a and b of `add_low_rank`; empty where they are not wanted. That of x includes `w_ENK`, if it is given."""
-    wants_x, wants_a, wants_b = wants
-    rows, straight = (offsets_E, num_rows), {"transpose": False, "kernel": kernel}
-    if _goes_to_kernel(x_RK, kernel):
-        dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, (False, False, False))
-        dh_RL = rows_times_weights(dy_RN, b_ELN, *rows, transpose=True, kernel=kernel)
+        # The wide product first: what it reads is then in the cache, and what it wrote.
+        of_base = dy_TN @ w_NK if wants_x and w_NK is not None else None
+        dh_TL = dy_TN @ b_LN.t()
         if wants_x:
-            dx_RK = rows_times_weights(dh_RL, a_ELK, *rows, **straight)
-            if w_ENK is not None:
-                dx_RK += rows_times_weights(dy_RN, w_ENK, *rows, **straight)
+            dx = dh_TL @ a if of_base is None else of_base.addmm_(dh_TL, a)
         if wants_a:
-            da_ELK = rows_times_rows(dh_RL, x_RK, offsets_E, kernel=kernel)
+            da = (dh_TL.t() @ x_TK).to(a_LK.dtype)
         if wants_b:
-            db_ELN = rows_times_rows(h_RL, dy_RN, offsets_E, kernel=kernel)
-        return dx_RK, da_ELK, db_ELN
-    dx_RK, da_ELK, db_ELN = _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
-    experts_b = _experts_of_blocks(x_RK, offsets_E, a_ELK.shape[1])
-    if experts_b is not None:
-        x_b, dy_b, h_b = (_blocks(each, experts_b) for each in (x_RK, dy_RN, h_RL))
-        a_b, b_b = a_ELK[experts_b], b_ELN[experts_b]
-        dx_b = _blocks(dx_RK, experts_b) if wants_x else None
-        da_b, db_b = torch.empty_like(a_b), torch.empty_like(b_b)
-        for part in _after_products(dy_RN, w_ENK if wants_x else None, dx_RK, offsets_E):
-            dh = dy_b[part] @ b_b[part].mT
-            if dx_b is not None:
-                torch.baddbmm(dx_b[part], dh, a_b[part], beta=0 if w_ENK is None else 1, out=dx_b[part])
-            if wants_a:
-                torch.bmm(dh.mT, x_b[part], out=da_b[part])
-            if wants_b:
-                torch.bmm(h_b[part].mT, dy_b[part], out=db_b[part])
-        if wants_x:
-            dx_RK[int(offsets_E[-1]) :] = 0.0
-        if wants_a:
-            da_ELK = _sums_of_blocks(da_b, experts_b, len(a_ELK))
-        if wants_b:
-            db_ELN = _sums_of_blocks(db_b, experts_b, len(b_ELN))
-        return dx_RK, da_ELK, db_ELN
-    rows_of_each = (dy_RN, x_RK, h_RL, dx_RK if wants_x else None)
-    of_each = (a_ELK, b_ELN, w_ENK, da_ELK if wants_a else None, db_ELN if wants_b else None)
-    for dy, x, h, dx, a, b, w, da, db in _by_expert(offsets_E, rows_of_each, of_each):
-        # The wide product first: what it reads and writes is then in the cache.
-        if wants_x and w is not None:
-            torch.mm(dy, w, out=dx)
-        if wants_b:
-            torch.mm(h.t(), dy, out=db)
-        dh = dy @ b.t()
-        if wants_x and w is not None:
-            dx.addmm_(dh, a)
-        elif wants_x:
-            torch.mm(dh, a, out=dx)
-        if wants_a:
-            torch.mm(dh.t(), x, out=da)
-    if wants_x:
-        dx_RK[int(offsets_E[-1]) :] = 0.0
-    return dx_RK, da_ELK, db_ELN
+            db = ((h_TL.t() @ dy_TN).t() * ctx.scale).to(b_NL.dtype)
+        return dx, da, db, dy_TN if ctx.needs_input_grad[3] else None, None, None
 
 
-@low_rank_gradients.register_fake
-def _(
-    dy_RN: Tensor,
-    x_RK: Tensor,
-    h_RL: Tensor,
-    a_ELK: Tensor,
-    b_ELN: Tensor,
-    w_ENK: Tensor | None,
-    offsets_E: Tensor,
-    num_rows: int,
-    wants: Sequence[bool],
-    *,
-    kernel: str,
-) -> tuple[Tensor, ...]:
-    return _unfilled_gradients(x_RK, a_ELK, b_ELN, wants)
-
-
-def _unfilled_gradients(
-    x_RK: Tensor, a_ELK: Tensor, b_ELN: Tensor, wants: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    likes = zip((x_RK, a_ELK, b_ELN), wants, strict=True)
-    dx, da, db = (like.new_empty(like.shape if is_wanted else 0) for like, is_wanted in likes)
-    return dx, da, db
-
-
-def _by_expert(
-    offsets_E: Tensor, rows: Sequence[Tensor | None], of_each: Sequence[Tensor | None]
-) -> Iterator[tuple[Any, ...]]:
-    """For every expert: its part of each of `rows`, and its own of each of the others. None stays None."""
-    ends = offsets_E.tolist()
-    sizes = [end - start for start, end in pairwise([0, *ends])]
-    absent = [None] * len(ends)
-    parts = [absent if each is None else each[: ends[-1]].split(sizes) for each in rows]
-    return zip(*parts, *(absent if each is None else each.unbind(0) for each in of_each), strict=True)
+def _factors(a_LK: Tensor, b_NL: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A, and B transposed and times `scale`: with a narrow last dim, products of the backward pass take BLAS three
+    times as long.
+    """
+    return a_LK.to(dtype), (b_NL * scale).to(dtype).t().contiguous()
 
 
 def scale_outputs(y_RN: Tensor, gain_EN: Tensor, offsets_E: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ order in which threads run. `combine` sums in float32 whatever the dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,19 @@ class Permutation:
     """bool: the rows of no slot, if there may be any."""
     is_identity: bool = False
     """Every slot is where it was, so that nothing need be moved. With K = 1 and no padding."""
+
+
+class Copies(NamedTuple):
+    """Tokens of which all routed rows of experts are copies, and where these are: see `Permutation`.
+
+    Attributes:
+        experts_TK: int64, the experts of each token.
+    """
+
+    x_TD: Tensor
+    experts_TK: Tensor
+    slot_R: Tensor
+    row_TK: Tensor
 
 
 def sort_by_expert(experts_TK: Tensor, num_experts: int, align: int = 1, waits: bool | None = None) -> Permutation:
@@ -132,6 +145,26 @@ def permute_weights(weights_TK: Tensor, permutation: Permutation) -> Tensor:
     if permutation.is_identity:
         return weights_TK[:, 0]
     return _PermuteWeights.apply(weights_TK, permutation.slot_R, permutation.row_TK, permutation.is_padding_R)
+
+
+def rows_of_experts(h_TX: Tensor, num_experts: int, copies: Copies) -> Tensor:
+    """h_RL: of the features that a token has for each expert, X = E L, those for the expert of the row."""
+    h_TEL = h_TX.unflatten(1, (num_experts, -1))
+    h_TKL = h_TEL.gather(1, _own_features(copies.experts_TK, h_TEL.shape[2]))
+    h_RL: Tensor = _Permute.apply(h_TKL.flatten(0, 1), copies.slot_R, copies.row_TK.reshape(-1, 1))
+    return h_RL
+
+
+def tokens_of_experts(h_RL: Tensor, num_experts: int, copies: Copies) -> Tensor:
+    """h_TX, the inverse: zero for experts that are not the token's. Rows that are padding do not count."""
+    h_SL: Tensor = _Combine.apply(h_RL, copies.slot_R, copies.row_TK.reshape(-1, 1))
+    h_TKL = h_SL.view(*copies.row_TK.shape, -1)
+    zeros_TEL = h_RL.new_zeros(h_TKL.shape[0], num_experts, h_TKL.shape[2])
+    return zeros_TEL.scatter(1, _own_features(copies.experts_TK, h_TKL.shape[2]), h_TKL).flatten(1)
+
+
+def _own_features(experts_TK: Tensor, num_features: int) -> Tensor:
+    return experts_TK.unsqueeze(2).expand(-1, -1, num_features)
 
 
 class _Permute(torch.autograd.Function):

@@ -160,5 +160,5 @@ class _ScaledProduct(torch.autograd.Function):
             elif offsets_E is None:
                 dw = dy_RN.t() @ x_RK
             else:
-                dw = rows_times_rows(dy_RN, x_RK.contiguous(), offsets_E, kernel=ctx.plain_kernel)
+                dw = rows_times_rows(dy_RN, x_RK.contiguous(), offsets_E, kernel_name=ctx.plain_kernel)
         return dx_RK, dw, None, None, None, None

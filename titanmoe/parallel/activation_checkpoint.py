@@ -34,7 +34,7 @@ from titanmoe.config.errors import ConfigError
 from titanmoe.models.build import build_model
 from titanmoe.models.decoder import Decoder
 from titanmoe.ops.frozen_native import block_scaled_mm  # noqa: F401 - defines an operator named below
-from titanmoe.ops.low_rank import add_low_rank  # noqa: F401 - so does this
+from titanmoe.ops.low_rank_rows import add_low_rank  # noqa: F401 - so does this
 from titanmoe.ops.native_float8 import scaled_rows_times_weights  # noqa: F401 - and so does this
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.expert import exchanging_dispatcher
@@ -113,6 +113,9 @@ def apply_activation_checkpoint(
     # For whatever is compiled from now on; so both are set in every mode. Checked against torch 2.11 and 2.13.
     torch._functorch.config.activation_memory_budget = memory_budget if mode == "memory_budget" else 1.0
     torch._functorch.config.ban_recompute_materialized_backward = not (is_by_op or mode == "moe")
+    if hasattr(torch._functorch.config, "unsafe_treat_script_objects_as_zero_size"):  # not in torch 2.11
+        # A group of ranks that a graph is given has no size that a budget could count.
+        torch._functorch.config.unsafe_treat_script_objects_as_zero_size = True
     shapes = _weight_shapes(model, recomputed_products) if is_by_op else frozenset()
     if is_compiled and (mode == "moe" or is_by_op):
         return
@@ -201,8 +204,8 @@ class _Decisions:
 def _policy(shapes: Collection[torch.Size], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     if op not in _COSTLY or (op in _MATMULS and args[_MATMULS[op]].shape in shapes):
         return CheckpointPolicy.PREFER_RECOMPUTE
-    if op is torch.ops.titanmoe.add_low_rank.default and args[3] is not None:
-        return CheckpointPolicy.PREFER_RECOMPUTE  # what it adds to is kept, and the addition is narrow
+    if op is torch.ops.titanmoe.add_low_rank.default and args[5] is None:
+        return CheckpointPolicy.PREFER_RECOMPUTE  # what is wide is kept, and the factors are narrow
     return CheckpointPolicy.MUST_SAVE
 
 

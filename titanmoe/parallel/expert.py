@@ -119,8 +119,9 @@ class AllToAllDispatcher:
         x_RD, weights_R = permute(sent.x_AD, arrived), permute_weights(sent.weights_A[:, None], arrived)
         return Routed(x_RD, weights_R, arrived.offsets_E, num_arrived, journey)
 
-    def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
+    def combine(self, y_RD: Tensor, routed: Routed, more_TD: Tensor | None) -> Tensor:
         """y_TD: the sum of every token's rows."""
+        assert more_TD is None, "rows have travelled"
         journey: _Journey = routed.journey
         y_AD = combine(y_RD, journey.arrived)
         return combine(_exchange(y_AD, journey.num_sent_G, journey.num_arrived_G, self.group), journey.sent)
@@ -140,9 +141,9 @@ class _SharingDispatcher:
     def receive(self, sent: Any, align: int) -> Routed:
         return self.inner.receive(sent, align)
 
-    def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
+    def combine(self, y_RD: Tensor, routed: Routed, more_TD: Tensor | None) -> Tensor:
         """y_TD: the sum of every own token's rows, over all parts of the experts."""
-        return reduce_scatter(self.inner.combine(y_RD, routed), self.group)
+        return reduce_scatter(self.inner.combine(y_RD, routed, more_TD), self.group)
 
 
 def _exchange(rows: Tensor, num_arriving_G: list[int], num_sent_G: list[int], group: Any) -> Tensor:

@@ -285,6 +285,7 @@ class Job:
                 mesh=self.mesh.describe(),
                 config_hash=config_fingerprint(self.config),
                 timeout=_PATIENCE,
+                adapters=AdapterSettings.of(self.config.lora) if "lora" in self.config.model.converters else None,
                 base=self._base(),
             )
         )

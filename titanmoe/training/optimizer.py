@@ -86,8 +86,18 @@ def _adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
     if device_type != "cpu":
         _check_can_compile()
     AdamW8bit = import_quietly("torchao.optim").AdamW8bit
+    states = import_quietly("torchao.optim.subclass_8bit").OptimState8bit
 
-    class Uncompiled(AdamW8bit):  # type: ignore[misc, valid-type]
+    class Plain(AdamW8bit):  # type: ignore[misc, valid-type]
+        """States that are computed with in float32 say so, whatever the parameter's dtype: torchao's (0.18) take that
+        one, of which a DTensor hears, and lose it in the first view of them.
+        """
+
+        @staticmethod
+        def _subclass_zeros(parameter: Tensor, signed: bool, block_size: int) -> Any:
+            return states.zeros(parameter.shape, signed, block_size, parameter.device)
+
+    class Uncompiled(Plain):
         """torchao compiles its update; on a CPU that takes half a minute and a C++ compiler."""
 
         def step(self, closure: Any = None) -> Any:
@@ -96,7 +106,7 @@ def _adamw_8bit(groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
 
     if device_type == "cpu":
         logger.info("AdamW8bit runs uncompiled on a CPU: correct, but much slower than AdamW")
-    optimizer: Optimizer = (Uncompiled if device_type == "cpu" else AdamW8bit)(groups, **settings)
+    optimizer: Optimizer = (Uncompiled if device_type == "cpu" else Plain)(groups, **settings)
     return optimizer
 
 

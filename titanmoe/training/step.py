@@ -145,7 +145,7 @@ def evaluate(
         should_stop: asked before each global batch; if it is true on any rank, the result is None.
 
     Raises:
-        ConfigError: on every rank, if the data of one is broken.
+        ConfigError: on every rank, if the data of one is broken, or nothing in that of all is supervised.
     """
     totals: list[Tensor] = []
     num_tokens = 0
@@ -170,4 +170,10 @@ def evaluate(
     total = torch.stack(totals).sum()
     dist.all_reduce(total)
     (num_tokens,) = sum_over_ranks(num_tokens)
-    return total.item() / max(num_tokens, 1), num_tokens
+    if num_tokens == 0:
+        raise ConfigError(
+            "no token of the validation data is learned from: all documents are empty, or too long",
+            where="validation.dataset",
+            mend="Give other data, or a larger validation.seq_len.",
+        )
+    return total.item() / num_tokens, num_tokens

@@ -50,6 +50,9 @@ _FLAVORS = {
     "debugmodel": _spec(256, 8, 16, 8, Dense(3072), vocab_size=2048, max_seq_len=4096),
     "debugmodel_moe": _spec(256, 8, 16, 8, _experts(64, 8, 768), vocab_size=2048, max_seq_len=4096),
     "bench_60M": _spec(512, 4, 8, 2, _experts(32, 8, 208), head_dim=64, vocab_size=16_384),
+    # 30B-A3B with a quarter of its widths and heads; and with its widths, and a quarter of its experts.
+    "bench_170M": _spec(512, 4, 8, 2, _experts(128, 8, 192), head_dim=64, vocab_size=16_384),
+    "bench_410M": _spec(2048, 2, 32, 4, _experts(32, 8, 768), vocab_size=16_384),
     "0.6B": _spec(1024, 28, 16, 8, Dense(3072), tie_embeddings=True),
     "1.7B": _spec(2048, 28, 16, 8, Dense(6144), tie_embeddings=True),
     "4B": _spec(2560, 36, 32, 8, Dense(9728), tie_embeddings=True),

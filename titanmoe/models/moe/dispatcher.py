@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from titanmoe.ops.permute import combine, permute, permute_weights, sort_by_expert
+from titanmoe.ops.permute import Copies, combine, permute, permute_weights, sort_by_expert
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Routed:
         offsets_E: int32, the end of each expert's rows; of the experts in this process.
         num_rows: how many of the rows are not padding. There may be rows beyond the last offset.
         journey: the dispatcher's own.
+        copies: the tokens, where rows are only copied and do not travel.
     """
 
     x_RD: Tensor
@@ -29,6 +30,7 @@ class Routed:
     offsets_E: Tensor
     num_rows: int
     journey: Any
+    copies: Copies | None = None
 
 
 class Dispatcher(Protocol):
@@ -43,8 +45,8 @@ class Dispatcher(Protocol):
     def receive(self, sent: Any, align: int) -> Routed:
         """Rows sorted by expert, each expert's padded to a multiple of `align`."""
 
-    def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
-        """y_TD: the sum of every token's rows."""
+    def combine(self, y_RD: Tensor, routed: Routed, more_TD: Tensor | None) -> Tensor:
+        """y_TD: the sum of every token's rows, and of what there is more of the tokens of `routed.copies`."""
 
 
 class LocalDispatcher:
@@ -60,8 +62,10 @@ class LocalDispatcher:
         x_TD, weights_TK, experts_TK = sent
         permutation = sort_by_expert(experts_TK, self.num_experts, align)
         x_RD, weights_R = permute(x_TD, permutation), permute_weights(weights_TK, permutation)
-        return Routed(x_RD, weights_R, permutation.offsets_E, experts_TK.numel(), permutation)
+        copies = Copies(x_TD, experts_TK, permutation.slot_R, permutation.row_TK)
+        return Routed(x_RD, weights_R, permutation.offsets_E, experts_TK.numel(), permutation, copies)
 
-    def combine(self, y_RD: Tensor, routed: Routed) -> Tensor:
-        """y_TD: the sum of every token's rows."""
-        return combine(y_RD, routed.journey)
+    def combine(self, y_RD: Tensor, routed: Routed, more_TD: Tensor | None) -> Tensor:
+        """See `Dispatcher`."""
+        y_TD = combine(y_RD, routed.journey)
+        return y_TD if more_TD is None else y_TD + more_TD

@@ -18,6 +18,8 @@ from titanmoe.ops.clamped_swiglu import clamped_swiglu
 from titanmoe.ops.expert_bias import add_expert_bias
 from titanmoe.ops.frozen_storage import Stored
 from titanmoe.ops.grouped_mm import GroupedProduct, PlainGroupedProduct
+from titanmoe.ops.low_rank import LowRankGroupedProduct
+from titanmoe.ops.permute import Copies
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.ops.swiglu import swiglu
 
@@ -65,16 +67,26 @@ class Experts(nn.Module):
             self.down_product.row_multiple(x, "down" not in self.stored and self.down.requires_grad),
         )
 
-    def forward(self, x_RD: Tensor, weights_R: Tensor, offsets_E: Tensor, num_rows: int = 0) -> Tensor:
-        """y_RD: each row through its expert, with its router weight on the way in or out. Arguments as in `Routed`."""
+    def forward(
+        self, x_RD: Tensor, weights_R: Tensor, offsets_E: Tensor, num_rows: int = 0, copies: Copies | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """y_RD: each row through its expert, with its router weight on the way in or out. Arguments as in `Routed`.
+
+        And more_TD, which is missing in the sum of a token's rows; or None.
+        """
         weights: Tensor | None = weights_R
         biased_R: Tensor | None = None
         if self.spec.router.weight_on == "input":
-            x_RD, weights = x_RD * weights_R.to(x_RD.dtype)[:, None], None
+            x_RD, weights, copies = x_RD * weights_R.to(x_RD.dtype)[:, None], None, None
             if self.gate_up_bias is not None:
                 biased_R = (weights_R != 0).to(weights_R.dtype)  # so that padding stays zero
         # Local: of the experts in this process, which may not be all.
-        gate_up_R2H = self.gate_up_product(x_RD, self.read(self, "gate_up"), offsets_E, num_rows)
+        rows, weight = (offsets_E, num_rows), self.read(self, "gate_up")
+        product: Any = self.gate_up_product
+        if _see_tokens(product, weight, copies):
+            gate_up_R2H = product.from_tokens(x_RD, weight, *rows, copies)
+        else:
+            gate_up_R2H = product(x_RD, weight, *rows)
         if self.gate_up_bias is not None:
             gate_up_R2H = add_expert_bias(
                 gate_up_R2H, local_tensor(self.gate_up_bias).flatten(1, 2), offsets_E, biased_R
@@ -84,14 +96,23 @@ class Experts(nn.Module):
             h_RH = swiglu(gate_up_R2H, weights)
         else:
             h_RH = clamped_swiglu(gate_up_R2H, weights, activation.limit, activation.alpha)
-        y_RD = self.down_product(h_RH, self.read(self, "down"), offsets_E, num_rows)
+        product, weight, more_TD = self.down_product, self.read(self, "down"), None
+        if _see_tokens(product, weight, copies):
+            y_RD, more_TD = product.to_tokens(h_RH, weight, *rows, copies)
+        else:
+            y_RD = product(h_RH, weight, *rows)
         if self.down_bias is None:
-            return y_RD
+            return y_RD, more_TD
         down_bias_ED = local_tensor(self.down_bias)
         if self.num_addends > 1:
             down_bias_ED = down_bias_ED / self.num_addends
-        return add_expert_bias(y_RD, down_bias_ED, offsets_E, biased_R if weights is None else weights)
+        return add_expert_bias(y_RD, down_bias_ED, offsets_E, biased_R if weights is None else weights), more_TD
 
 
 def read_expert_weight(module: Experts, name: str) -> Tensor:
     return local_tensor(getattr(module, name)).flatten(1, -2)
+
+
+def _see_tokens(product: Any, weight: Any, copies: Copies | None) -> bool:
+    """Whether adapters are better multiplied with tokens than with the rows that are copies of them."""
+    return copies is not None and isinstance(product, LowRankGroupedProduct) and product.suits_tokens(weight, copies)

@@ -30,6 +30,6 @@ class MoELayer(nn.Module):
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         routed = self.dispatcher.receive(sent, self.experts.row_multiple(x_BSD))
         del sent  # the rows as they travelled are not needed while the experts compute
-        y_RD = self.experts(routed.x_RD, routed.weights_R, routed.offsets_E, routed.num_rows)
-        y_BSD = self.dispatcher.combine(y_RD, routed).view_as(x_BSD)
+        y_RD, more_TD = self.experts(routed.x_RD, routed.weights_R, routed.offsets_E, routed.num_rows, routed.copies)
+        y_BSD = self.dispatcher.combine(y_RD, routed, more_TD).view_as(x_BSD)
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD
