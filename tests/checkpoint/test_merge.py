@@ -213,6 +213,16 @@ def test_a_resumed_run_wants_the_base_it_began_with(folder: Path, tmp_path: Path
     assert "holds other weights than those that the adapters were trained on" in str(outcome.told)
 
 
+def test_steps_that_hold_whole_models_are_not_gone_on_from_with_adapters_alone(folder: Path, tmp_path: Path) -> None:
+    """What would then be saved refers to a base, which the frozen weights of those steps may not be."""
+    options = ("--model.converters=lora", "--training.steps=1")
+    run(folder / "job.toml", tmp_path / "run", *options, "--checkpoint.initial_load_in_hf=false")
+    outcome = run(folder / "job.toml", tmp_path / "run", "--model.converters=lora", "--training.steps=2", code=2)
+    assert "step-1: holds the whole model, not adapters for" in str(outcome.told)
+    assert "initial_load_in_hf = false" in str(outcome.told)
+    assert [path.name for path in (tmp_path / "run/checkpoint").iterdir()] == ["step-1"]
+
+
 def test_a_checksum_is_of_the_weights_wherever_they_are(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "model", tmp_path / "moved")
     base = BaseModel.of(folder / "model")
@@ -337,7 +347,7 @@ def test_a_wrong_adapter_is_found_by_its_logits(
         write(self, key, -tensor if "q_proj.lora_B" in key else tensor, row)
 
     monkeypatch.setattr(TensorWriter, "write", write_wrong)
-    told = run_export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "a", "--format=peft", code=1)
+    told = run_export(capsys, "--checkpoint", folder / "run", "--output", tmp_path / "new/a", "--format=peft", code=1)
     assert "away from those of the model with live adapters" in told
     assert not list(tmp_path.iterdir())
 

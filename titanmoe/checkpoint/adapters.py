@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from titanmoe.checkpoint.adapter_config import PER_EXPERT, AdapterSettings, adapter_config
@@ -21,7 +18,7 @@ from titanmoe.checkpoint.adapter_names import pieces_by_name, rules_of
 from titanmoe.checkpoint.files import sync_folder
 from titanmoe.checkpoint.gather import gather_each
 from titanmoe.checkpoint.hf_entries import Entry
-from titanmoe.checkpoint.hf_target import check_target, take_place, write_json
+from titanmoe.checkpoint.hf_target import check_target, write_folder, write_json
 from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all
 from titanmoe.checkpoint.row_source import Files
 from titanmoe.checkpoint.safetensors_io import TensorWriter
@@ -30,7 +27,6 @@ from titanmoe.models.adapters import is_adapter
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.family import Family
 from titanmoe.ops.sharding import local_box, local_tensor
-from titanmoe.training.errors import NotExportedError
 
 logger = logging.getLogger("titanmoe.checkpoint")
 
@@ -83,47 +79,29 @@ def save_adapter(
     ranks = ranks_sharing(model_tensors(model).values())
     of_all = tensors_of_all(tensors, ranks)
     target = Path(os.path.expanduser(folder)).resolve()
-    temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
-    writes = not dist.is_initialized() or dist.get_rank() == 0
     shapes = {name: tuple(tensor.shape) for name, tensor in of_all.items()}
     entries: list[Entry] = []
 
-    def prepare() -> None:
+    def prepare(folder: Path | None) -> None:
         if not shapes:
             raise ConfigError("the model has no adapters", mend="Export it with --format hf.")
         entries.extend(_entries(of_all, family, layout))
         config = adapter_config(family, model.spec, shapes, settings, layout, base)
-        if writes:
+        if folder is not None:
             check_target(target, overwrite, sum(entry.num_bytes for entry in entries))
-            temporary.mkdir(parents=True)
-            write_json(temporary / CONFIG_NAME, config)
+            folder.mkdir(parents=True)
+            write_json(folder / CONFIG_NAME, config)
 
-    def write() -> None:
-        _write(tensors, entries, temporary / WEIGHTS_NAME if writes else None, settings, layout)
+    def write(folder: Path | None) -> None:
+        _write(tensors, entries, None if folder is None else folder / WEIGHTS_NAME, settings, layout)
 
-    def difference() -> str:
-        found = _difference(tensors, shapes, temporary if writes else None, family, settings)
-        return found or ("" if compare is None else compare(temporary))
+    def difference(folder: Path | None) -> str:
+        found = _difference(tensors, shapes, folder, family, settings)
+        return found or ("" if compare is None or folder is None else compare(folder))
 
-    try:
-        ranks.on_all(prepare)
-        ranks.on_all(write)
-        if verify and (found := next(filter(None, ranks.on_all(difference)), "")):
-            raise NotExportedError(
-                f"{target}: what was written is not the adapter: {found}\n  Nothing was left behind."
-            )
-        ranks.on_all(lambda: take_place(temporary, target) if writes else None)
-    except OSError as error:
-        raise ConfigError(
-            f"writing the adapter failed: {error.strerror}",
-            where=str(error.filename or target),
-            mend="Nothing was left behind. Free some space, or choose another folder.",
-        ) from error
-    finally:
-        if writes:
-            shutil.rmtree(temporary, ignore_errors=True)
+    wrote = write_folder(target, "adapter", ranks, prepare, write, difference if verify else None)
     summary = AdapterSummary(len(entries), sum(entry.num_bytes for entry in entries), time.perf_counter() - started)
-    if writes:
+    if wrote:
         text = "Wrote an adapter of %.1f MB (%d tensors, %s) to %s in %.1f s, %s"
         state = "verified" if verify else "not verified"
         logger.info(text, summary.num_bytes / 1e6, len(entries), layout, target, summary.seconds, state)

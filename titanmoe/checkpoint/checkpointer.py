@@ -260,15 +260,22 @@ class Checkpointer:
         """What a step should have of the model.
 
         Raises:
-            ConfigError: it has adapters only, and not for the base that this run has.
+            ConfigError: it has adapters only, and not for the base that this run has; or it has the whole model, and
+                this run's steps would refer to a base that may be another.
         """
+        if manifest.base is None and self.base is not None:
+            raise ConfigError(
+                f"holds the whole model, not adapters for {self.base.path}",
+                where=str(path),
+                mend="Set checkpoint.initial_load_in_hf = false, as when it was saved.",
+            )
         if manifest.base is not None and self.base is None:
             raise ConfigError(
                 f"has nothing but adapters for {manifest.base.path}",
                 where=str(path),
                 mend="Set checkpoint.initial_load_in_hf = true, and checkpoint.initial_load_path to that folder.",
             )
-        if manifest.base is not None and self.base is not None:
+        if manifest.base and self.base:
             manifest.base.check(self.base)
         return named_model_tensors(model, trained_only=manifest.base is not None)
 

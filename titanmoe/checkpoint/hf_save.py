@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from titanmoe.checkpoint.adapter_config import AdapterSettings
@@ -28,7 +24,7 @@ from titanmoe.checkpoint.files import sync_folder
 from titanmoe.checkpoint.frozen_rows import as_weights, stored_of_all
 from titanmoe.checkpoint.hf_entries import Entry, config_entries, entries_of, main_dtype_name, split_into_shards
 from titanmoe.checkpoint.hf_folder import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, describe_keys, require_folder
-from titanmoe.checkpoint.hf_target import check_target, copy_generation_config, copy_tokenizer, take_place, write_json
+from titanmoe.checkpoint.hf_target import check_target, copy_generation_config, copy_tokenizer, write_folder, write_json
 from titanmoe.checkpoint.hf_verify import find_difference
 from titanmoe.checkpoint.merge import check_mergeable, weights_each
 from titanmoe.checkpoint.model_tensors import model_tensors, ranks_sharing, tensors_of_all, without_adapters
@@ -41,7 +37,6 @@ from titanmoe.models.family import Family
 from titanmoe.models.keys import map_keys
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.scaled_casts import BLOCK_SIZE, FP8, quantize_blocks
-from titanmoe.training.errors import NotExportedError
 
 logger = logging.getLogger("titanmoe.checkpoint")
 
@@ -119,57 +114,36 @@ def save_hf(
     if adapters is not None:
         check_mergeable(of_all)
         of_all = without_adapters(of_all)
-    writes = not dist.is_initialized() or dist.get_rank() == 0
-    temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
-    new_parents = [parent for parent in target.parents if not parent.exists()]
     entries: list[Entry] = []
     shards: list[list[Entry]] = []
 
-    def prepare() -> None:
+    def prepare(folder: Path | None) -> None:
         _check_exportable(of_all, family, spec, dtype)
         entries.extend(entries_of(of_all, family, dtype))
         shards.extend(split_into_shards(entries, max_shard_bytes))
-        if writes:
+        if folder is not None:
             check_target(target, overwrite, sum(entry.num_bytes for entry in entries))
-            temporary.mkdir(parents=True)
+            folder.mkdir(parents=True)
             config = family.to_hf_config(spec, main_dtype_name(entries)) | config_entries(of_all, family, entries)
             if tokenizer_dir is not None:
-                copy_tokenizer(require_folder(tokenizer_dir), temporary)
+                copy_tokenizer(require_folder(tokenizer_dir), folder)
             if (assets_dir := generation_config_dir or tokenizer_dir) is not None:
-                config |= copy_generation_config(Path(assets_dir), temporary)
-            write_json(temporary / CONFIG_NAME, config)
+                config |= copy_generation_config(Path(assets_dir), folder)
+            write_json(folder / CONFIG_NAME, config)
 
-    def write() -> None:
-        _stream(each(), shards, temporary if writes else None, report)
-        if writes:
-            sync_folder(temporary)
+    def write(folder: Path | None) -> None:
+        _stream(each(), shards, folder, report)
+        if folder is not None:
+            sync_folder(folder)
 
-    def difference() -> str:
-        folder = temporary if writes else None
+    def difference(folder: Path | None) -> str:
         found = find_difference(folder, of_all, family, spec, entries, ranks, report, each())
-        return found or ("" if compare is None else compare(temporary))
+        return found or ("" if compare is None or folder is None else compare(folder))
 
-    try:
-        ranks.on_all(prepare)
-        ranks.on_all(write)
-        if verify and (found := next(filter(None, ranks.on_all(difference)), "")):
-            raise NotExportedError(f"{target}: what was written is not the model: {found}\n  Nothing was left behind.")
-        ranks.on_all(lambda: take_place(temporary, target) if writes else None)
-    except OSError as error:
-        raise ConfigError(
-            f"writing the model failed: {error.strerror}",
-            where=str(error.filename or target),
-            mend="Nothing was left behind. Free some space, or choose another folder.",
-        ) from error
-    finally:
-        if writes:
-            shutil.rmtree(temporary, ignore_errors=True)
-            for parent in new_parents:
-                with suppress(OSError):  # it holds the target, or was made by somebody else meanwhile
-                    parent.rmdir()
+    wrote = write_folder(target, "model", ranks, prepare, write, difference if verify else None)
     num_bytes, num_tensors = sum(entry.num_bytes for entry in entries), sum(len(entry.tensors) for entry in entries)
     summary = SaveSummary(num_tensors, num_bytes, len(shards), time.perf_counter() - started)
-    if writes:
+    if wrote:
         logger.info(
             "Wrote %.2f GB of weights (%s) in %d file%s to %s in %.1f s, %s",
             num_bytes / 1e9,

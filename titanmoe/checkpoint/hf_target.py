@@ -6,9 +6,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
+
+import torch.distributed as dist
 
 from titanmoe.checkpoint.adapter_files import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from titanmoe.checkpoint.adapter_files import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
@@ -23,8 +27,62 @@ from titanmoe.checkpoint.hf_folder import (
 )
 from titanmoe.config.errors import ConfigError
 from titanmoe.data.tokenizer import load_tokenizer
+from titanmoe.parallel.ranks import Ranks
+from titanmoe.training.errors import NotExportedError
 
 logger = logging.getLogger("titanmoe.checkpoint")
+
+
+def write_folder(
+    target: Path,
+    what: str,
+    ranks: Ranks,
+    prepare: Callable[[Path | None], None],
+    write: Callable[[Path | None], None],
+    find_difference: Callable[[Path | None], str] | None,
+) -> bool:
+    """Make a folder that is there whole, or not at all: written beside its place, compared, and renamed.
+
+    Every rank calls each function in turn. The one that writes gives them the folder to write, the others None.
+
+    Args:
+        target: its place, absolute.
+        what: is written, "model" or "adapter".
+        prepare: checks the target, makes the folder, and writes what is small.
+        find_difference: what is wrong with the folder, "" if nothing; None if it is not compared.
+
+    Returns:
+        Whether this rank wrote it.
+
+    Raises:
+        ConfigError: the disk is full or fails, or one of the functions says so.
+        NotExportedError: there is a difference.
+        In any case nothing is left behind.
+    """
+    temporary = target.parent / f".{target.name}.{uuid4().hex[:8]}.tmp"
+    folder = temporary if not dist.is_initialized() or dist.get_rank() == 0 else None
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    try:
+        ranks.on_all(lambda: prepare(folder))
+        ranks.on_all(lambda: write(folder))
+        found = [""] if find_difference is None else ranks.on_all(lambda: find_difference(folder))
+        if any(found):
+            text = f"{target}: what was written is not the {what}: {next(filter(None, found))}"
+            raise NotExportedError(f"{text}\n  Nothing was left behind.")
+        ranks.on_all(lambda: take_place(folder, target) if folder else None)
+    except OSError as error:
+        raise ConfigError(
+            f"writing the {what} failed: {error.strerror}",
+            where=str(error.filename or target),
+            mend="Nothing was left behind. Free some space, or choose another folder.",
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):  # it holds the target, or was made by somebody else meanwhile
+                    parent.rmdir()
+    return folder is not None
 
 
 def check_target(target: Path, overwrite: bool, num_bytes: int) -> None:
