@@ -1,7 +1,4 @@
-"""Run a function on several gloo ranks, in forked processes, and get their return values back.
-
-Forking costs a tenth of a second, where spawning imports torch anew in each process.
-"""
+"""Run a function on several gloo ranks, in processes of their own, and get their return values back."""
 
 from __future__ import annotations
 
@@ -43,13 +40,18 @@ def pretend(rank: int, world_size: int) -> Iterator[None]:
         _gen_transform_infos.cache_clear()
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, fresh: bool = False
+) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks with a gloo process group; return the results in rank order.
 
     Results must be picklable (plain tensors, numbers, lists). The first rank that fails fails the test, with its
     traceback; a hang fails it after `timeout` seconds.
+
+    Processes are forked, which costs a tenth of a second. With `fresh` they begin anew and import torch, which takes
+    seconds: where memory is measured, which else depends on what the tests before have left in the process.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn" if fresh else "fork")
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(world_size):
