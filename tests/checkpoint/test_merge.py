@@ -27,6 +27,7 @@ from titanmoe.checkpoint.pretrained import from_pretrained, save_pretrained
 from titanmoe.checkpoint.safetensors_io import TensorWriter
 from titanmoe.config.errors import ConfigError
 from titanmoe.config.resolve import resolve
+from titanmoe.trainer import build
 
 FP8 = torch.float8_e4m3fn
 
@@ -391,6 +392,24 @@ def test_a_run_goes_on_from_an_adapter(folder: Path, tmp_path: Path, capsys: pyt
     run(folder / "job.toml", tmp_path / "none", *options[:2])
     first = {name: curve(tmp_path / name)[0][1] for name in ("one", "two", "none")}
     assert first["one"] < first["none"] - 1e-3 and abs(first["two"] - first["one"]) < 1e-5 * first["one"]
+
+
+def test_what_is_wrong_with_adapters_is_told_before_the_base_is_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_export(capsys, "--checkpoint", folder / "run/checkpoint/step-2", "--output", tmp_path / "a", "--format=peft")
+    shutil.copytree(folder / "run", tmp_path / "old")
+
+    def arrange(rank: int) -> None:
+        build.load_hf_weights = lambda *args, **kwargs: pytest.fail("the base was read")
+
+    options = ("--model.converters=lora", "--training.steps=5", "--lora.rank=4")
+    told = []
+    for run_folder, more in (("new", (f"--checkpoint.initial_adapter_path={tmp_path / 'a'}",)), ("old", ())):
+        outcome = run(folder / "job.toml", tmp_path / run_folder, *options, *more, code=2, before=arrange)
+        told.append(str(outcome.told))
+    assert "Set lora.rank = 8" in told[0]
+    assert "step-4: " in told[1] and "lora_a" in told[1]
 
 
 @pytest.mark.parametrize(

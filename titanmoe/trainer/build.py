@@ -308,20 +308,26 @@ class Job:
         Returns:
             Whether adapters were loaded, too.
         """
-        checkpoint = self.config.checkpoint
         if self.checkpointer is None:
             return False
-        excluded = checkpoint.exclude_from_loading
+        has_adapters = self._load_saved(self.checkpointer)
         if self.checkpointer.base is not None:
-            self._load_weights()  # steps have the adapters only
-        if self.checkpointer.load(self._run_state(), checkpoint.load_step, exclude=excluded) is not None:
+            self._load_weights()  # steps have the adapters only; what is wrong with them is told before this long read
+        return has_adapters
+
+    def _load_saved(self, checkpointer: Checkpointer) -> bool:
+        """As `_load`, but for the base that steps refer to."""
+        checkpoint = self.config.checkpoint
+        excluded = checkpoint.exclude_from_loading
+        if checkpointer.load(self._run_state(), checkpoint.load_step, exclude=excluded) is not None:
             self.ranks.on_first(partial(log_changes, self.dump_folder, self.config))
-            return True
-        has_adapters = self._load_first(self.checkpointer)
-        if checkpoint.initial_adapter_path is not None:
-            settings = AdapterSettings.of(self.config.lora)
-            load_adapter(self.model, checkpoint.initial_adapter_path, self.family, settings)
-        return has_adapters or checkpoint.initial_adapter_path is not None
+            return "model" not in excluded
+        has_adapters = self._load_first(checkpointer)
+        if checkpoint.initial_adapter_path is None:
+            return has_adapters
+        settings = AdapterSettings.of(self.config.lora)
+        load_adapter(self.model, checkpoint.initial_adapter_path, self.family, settings)
+        return True
 
     def _load_first(self, checkpointer: Checkpointer) -> bool:
         """What a run begins with. Returns whether that has adapters."""
@@ -340,6 +346,7 @@ class Job:
             checkpointer.load_model(path, self.model)
         else:
             checkpointer.load_from(path, self._run_state(), exclude=checkpoint.exclude_from_loading)
+            return "model" not in checkpoint.exclude_from_loading
         return True
 
     def _load_weights(self) -> None:
