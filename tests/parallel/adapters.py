@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from tests.parallel.layouts import (
 from tests.ranks import full_tensor, run_ranks
 from titanmoe.models.adapters import is_adapter
 from titanmoe.models.decoder import Decoder
-from titanmoe.models.spec import DecoderSpec
+from titanmoe.models.spec import ClampedSwiGLU, DecoderSpec
 from titanmoe.ops.sharding import local_box, local_tensor
 from titanmoe.training.gradients import clip_gradients
 from titanmoe.training.optimizer import build_optimizer
@@ -47,7 +48,7 @@ def _precision(kind: str, base: str) -> Precision:
     names, settings = _BASES[base]
     settings = (*_RANKS, *settings, *["lora.use_dora"] * (kind == "DoRA"))
     if base == "bfloat16":
-        return Precision(("lora",), settings, torch.bfloat16, torch.bfloat16, noise=0.04)
+        return Precision(("lora",), settings, torch.bfloat16, torch.bfloat16, noise=0.03)
     return Precision((*names, "lora"), settings)
 
 
@@ -72,18 +73,21 @@ def adapt(model: Decoder) -> None:
 def change_for(name: str) -> Change:
     """What to do to a model that gets the adapters of a name.
 
-    Where sums are rounded to bfloat16 a token may choose another expert: all are given the same two, others per layer.
+    Where sums are rounded to bfloat16, a token may choose another expert, or a value be on the other side of a limit
+    from which on it has no gradient: all tokens are given the same two experts, others per layer, and limits are far.
     """
-    return adapt_and_choose if name.endswith("bfloat16") else adapt
+    return adapt_and_smooth if name.endswith("bfloat16") else adapt
 
 
-def adapt_and_choose(model: Decoder) -> None:
+def adapt_and_smooth(model: Decoder) -> None:
     adapt(model)
     for index, layer in model.moe_layers():
         num_experts = layer.spec.num_experts
         bias_E = torch.zeros(num_experts)
         bias_E[[int(index) % num_experts, (int(index) + num_experts // 2) % num_experts]] = torch.tensor([50.0, 100.0])
         layer.router.expert_bias = bias_E
+        if isinstance(activation := layer.experts.spec.activation, ClampedSwiGLU):
+            layer.experts.spec = replace(layer.experts.spec, activation=replace(activation, limit=100.0))
 
 
 def starve(model: Decoder) -> None:
