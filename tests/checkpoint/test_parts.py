@@ -38,6 +38,7 @@ from titanmoe.config.errors import ConfigError
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.families.glm4_moe import FAMILY
 from titanmoe.ops.sharding import local_box, local_tensor
+from titanmoe.training.errors import NotExportedError
 
 TIED = replace(SPEC, tie_embeddings=True)
 OPTIMIZERS: dict[str, Callable[..., Any]] = {"adamw": partial(torch.optim.AdamW, foreach=False), "8bit": adamw_8bit}
@@ -335,7 +336,7 @@ def save_with_a_wrong_value(target: Path) -> str:
     hf_save.find_difference = change_and_compare
     try:
         save_hf(model, target, FAMILY, SPEC)
-    except hf_save.NotExportedError as error:
+    except NotExportedError as error:
         return str(error)
     return "saved"
 
