@@ -394,6 +394,19 @@ def test_a_run_goes_on_from_an_adapter(folder: Path, tmp_path: Path, capsys: pyt
     assert first["one"] < first["none"] - 1e-3 and abs(first["two"] - first["one"]) < 1e-5 * first["one"]
 
 
+def test_adapters_that_begin_anew_have_the_magnitudes_of_the_base(folder: Path, tmp_path: Path) -> None:
+    options = ("--model.converters=lora", "--lora.use_dora", "--optimizer.lr=1e-4")
+    run(folder / "job.toml", tmp_path / "run", *options, "--training.steps=1")
+    anew = ("--training.steps=2", "--checkpoint.exclude_from_loading=model,optimizer")
+    run(folder / "job.toml", tmp_path / "run", *options, *anew)
+    saved = [tensors(tmp_path / "run", step) for step in (1, 2)]
+    names = [name for name in saved[0] if name.startswith("model.") and name.endswith("lora_magnitude")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(saved[1][name], saved[0][name], rtol=0, atol=1e-3)
+        assert saved[1][name].min() > 0.01
+
+
 def test_what_is_wrong_with_adapters_is_told_before_the_base_is_read(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
