@@ -115,7 +115,7 @@ def rules_of(family: Family, layout: str) -> list[Rule]:
         raise ConfigError(
             f"experts of family {family.name!r} have no names of their own in any file",
             where=f"--format {layout}",
-            mend=f"Choose {' or '.join(found)}.",
+            mend=f"Choose {' or '.join(found)}, or merge the adapters (--merge).",
         )
     return found[layout]
 
