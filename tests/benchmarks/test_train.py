@@ -71,16 +71,6 @@ def test_without_adapters_all_weights_are_compared(
     assert not any(job["adapter"] for job in jobs)
 
 
-def test_what_is_trained_if_nothing_is_said() -> None:
-    def size(*args: str) -> tuple[str, int, int]:
-        options = train._parse(args)
-        return options.flavor, options.batch, options.seq_len
-
-    assert size() == ("bench_60M", 2, 1024)
-    assert size("--lora") == ("bench_170M", 1, 512)
-    assert size("--lora", "--flavor=bench_60M", "--batch=3") == ("bench_60M", 3, 512)
-
-
 def test_a_mistake_in_the_settings_of_adapters_is_told(
     jobs: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,27 +95,22 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         epilog="With --job.config_file FILE, options are those of a job: give it together with --help.",
     )
     parser.add_argument("--family", default="qwen3")
-    parser.add_argument("--flavor", help="size of the model (bench_60M, with --lora bench_170M); see docs/models.md")
+    size = "bench_60M, with --lora bench_170M, which has 128 experts"
+    parser.add_argument("--flavor", help=f"size of the model ({size}); see docs/models.md")
     parser.add_argument("--layers", type=int, help="only so many of them, as where all have no place")
     parser.add_argument(
         "--lora", nargs="*", metavar="KEY=VALUE", help="train adapters alone; keys are those of [lora], as in rank=16"
     )
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
-    parser.add_argument("--batch", type=int, help="sequences per step (2, with --lora 1)")
-    parser.add_argument("--seq-len", type=int, help="tokens of each (1024, with --lora 512)")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per step")
+    parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads of each")
     parser.add_argument("--steps", type=int, default=3, help="steps per round and contender")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", nargs="*", default=["transformers"], choices=["transformers"])
     parser.add_argument("--device", choices=["cpu", "cuda"], help="by default a GPU if there is one")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(args)
-    # Adapters are trained on little data, and on models of many experts.
-    usual = ("bench_60M", 2, 1024) if options.lora is None else ("bench_170M", 1, 512)
-    for name, value in zip(("flavor", "batch", "seq_len"), usual, strict=True):
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
+    return parser.parse_args(args)
 
 
 def _spec(options: argparse.Namespace) -> DecoderSpec:
