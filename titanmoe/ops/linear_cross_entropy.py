@@ -155,15 +155,14 @@ def _loss_and_gradient_(logits_CV: Tensor, labels_C: Tensor, want_gradient: bool
     num_rows, num_words = logits_CV.shape
     block_rows = max(1, _CPU_SOFTMAX_BYTES // (4 * num_words)) if logits_CV.device.type == "cpu" else num_rows
     losses = []
-    probabilities_BV = torch.empty(min(block_rows, num_rows), num_words, device=logits_CV.device)
-    rows_B = torch.arange(len(probabilities_BV), device=logits_CV.device)
     for start in range(0, num_rows, block_rows):
         block_bV, labels_b = logits_CV[start : start + block_rows], labels_C[start : start + block_rows]
-        rows_b = rows_B[: len(labels_b)]
+        rows_b = torch.arange(len(labels_b), device=logits_CV.device)
+        p_bV = block_bV.float()  # the block itself or a copy, of which a CPU finds the largest several times as fast
         # The largest probability is 1 / sum(exp(logits - max)), so one softmax gives the log-sum-exp as well, with the
         # same rounding, and no second exponential is needed.
-        max_b, label_b = block_bV.amax(1).float(), block_bV[rows_b, labels_b].float()
-        p_bV = torch.softmax(block_bV, 1, dtype=torch.float32, out=probabilities_BV[: len(labels_b)])
+        max_b, label_b = p_bV.amax(1), p_bV[rows_b, labels_b]
+        torch.softmax(p_bV, 1, out=p_bV)
         loss_b = max_b - label_b - p_bV.amax(1).log()
         losses.append(loss_b)
         if want_gradient:

@@ -21,7 +21,7 @@ from titanmoe.ops.partial_backward import wants_gradient
 
 _ALIGNMENT_BYTES = 16  # of the row strides of what `F.grouped_mm` multiplies
 
-_BLOCK_ROWS, _NARROW, _BLOCKS_AT_ONCE = 32, 16, 64
+_BLOCK_ROWS, _NARROW, _BLOCKS_AT_ONCE = 32, 16, 128
 """On the CPU in bfloat16, products with factors of at most this rank take longer to begin than to compute. They go by
 blocks of rows, many at once, where every expert's rows are whole blocks."""
 

@@ -36,10 +36,10 @@ class _RMSNorm(torch.autograd.Function):
         inverse_R1 = torch.empty(x_RN.shape[0], 1, dtype=torch.float32)
         weight = weight_N.float()
         for rows in row_blocks(x_RN):
-            block = x_RN[rows].float()
-            inverse = torch.linalg.vector_norm(block, dim=1, keepdim=True).square_().div_(x_RN.shape[1])
+            x_block = x_RN[rows].float()
+            inverse = torch.linalg.vector_norm(x_block, dim=1, keepdim=True).square_().div_(x_RN.shape[1])
             inverse_R1[rows] = inverse.add_(eps).rsqrt_()
-            y_RN[rows] = (block * inverse).mul_(weight)
+            _scale(x_block, inverse, weight, y_RN[rows])
         ctx.save_for_backward(x_RN, weight_N, inverse_R1)
         ctx.recompute = _scaled  # from what is saved, so that the products after it need not keep the result
         return y_RN.view(x.shape)
@@ -52,21 +52,27 @@ class _RMSNorm(torch.autograd.Function):
         weight = weight_N.float()
         dweight_N = torch.zeros_like(weight)
         for rows in row_blocks(x_RN):
-            inverse = inverse_R1[rows]
-            normal = x_RN[rows].float().mul(inverse)
-            dy_block = dy_RN[rows].float()
+            x_block, dy_block, inverse = x_RN[rows].float(), dy_RN[rows].float(), inverse_R1[rows]
+            dx_block = dx_RN[rows]
+            buffer = dx_block if dx_block.dtype == torch.float32 else torch.empty_like(dy_block)
+            product = torch.mul(dy_block, x_block, out=buffer)
             if ctx.needs_input_grad[1]:
-                dweight_N += (dy_block * normal).sum(dim=0)
-            dnormal = dy_block * weight
-            along = (dnormal * normal).mean(dim=1, keepdim=True)
-            dx_RN[rows] = dnormal.sub_(normal.mul_(along)).mul_(inverse)
-        dweight = dweight_N.to(weight_N.dtype) if ctx.needs_input_grad[1] else None
-        return dx_RN.view(dy.shape), dweight, None
+                dweight_N.addmv_(product.t(), inverse[:, 0])
+            along = torch.mv(product, weight)[:, None].mul_(inverse).mul_(inverse).mul_(inverse).div_(-x_RN.shape[1])
+            across = torch.mul(dy_block, inverse, out=buffer).mul_(weight)
+            dx_block.copy_(across.addcmul_(x_block, along))
+        return dx_RN.view(dy.shape), dweight_N.to(weight_N.dtype) if ctx.needs_input_grad[1] else None, None
 
 
 def _scaled(x_RN: Tensor, weight_N: Tensor, inverse_R1: Tensor) -> Tensor:
     y_RN = torch.empty_like(x_RN)
     weight = weight_N.float()
     for rows in row_blocks(x_RN):
-        y_RN[rows] = (x_RN[rows].float() * inverse_R1[rows]).mul_(weight)
+        _scale(x_RN[rows].float(), inverse_R1[rows], weight, y_RN[rows])
     return y_RN
+
+
+def _scale(x_block: Tensor, inverse_R1: Tensor, weight_N: Tensor, y_block: Tensor) -> None:
+    """Write x * inverse * weight to `y_block`, which may have fewer bits; `x_block`, then a copy, is overwritten."""
+    buffer = y_block if y_block.dtype == torch.float32 else x_block
+    y_block.copy_(torch.mul(x_block, inverse_R1, out=buffer).mul_(weight_N))

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK_NUMEL = 1 << 20
-"""Elements in a block: 4 MiB in float32. Smaller ones cost more in waking threads than they save in cache misses."""
+_BLOCK_NUMEL = 1 << 19
+"""Elements in a block: 2 MiB in float32. Smaller ones cost more in waking threads than they save in cache misses."""
 
 
 def works_in_blocks(tensor: Tensor) -> bool:
@@ -22,8 +22,7 @@ def works_in_blocks(tensor: Tensor) -> bool:
 
 
 def row_blocks(x_RN: Tensor) -> Iterator[slice]:
-    """Slices of dim 0 that cover it, each of about `_BLOCK_NUMEL` elements."""
-    num_rows = x_RN.shape[0]
+    """Slices of dim 0 that cover it, each of about `_BLOCK_NUMEL` elements; the last may go beyond it."""
     step = max(1, _BLOCK_NUMEL // max(1, x_RN.shape[1]))
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
+    for start in range(0, x_RN.shape[0], step):
+        yield slice(start, start + step)

@@ -44,13 +44,14 @@ class _SwiGLU(torch.autograd.Function):
         for rows in gate_up_blocks(gate_up_R2H):
             gate_RH, up_RH = gate_up_R2H[rows].chunk(2, dim=-1)
             dgate_RH, dup_RH = dgate_up_R2H[rows].chunk(2, dim=-1)
-            dh = dh_RH[rows]
-            silu_RH = F.silu(gate_RH)
-            if dweights_R is not None:
-                dweights_R[rows] = (silu_RH * up_RH).mul_(dh).sum(dim=-1, dtype=dweights_R.dtype)
-                dh = dh * weights_R[rows].to(dh.dtype)[:, None]
-            torch.mul(dh, silu_RH, out=dup_RH)
-            torch.ops.aten.silu_backward.grad_input(dh * up_RH, gate_RH, grad_input=dgate_RH)
+            silu_RH, dsilu_RH = F.silu(gate_RH), dh_RH[rows] * up_RH
+            if weights_R is not None and dweights_R is not None:
+                dweights_R[rows] = torch.mul(dsilu_RH, silu_RH, out=dup_RH).sum(dim=-1, dtype=dweights_R.dtype)
+                weights_R1 = weights_R[rows].to(dh_RH.dtype)[:, None]
+                silu_RH.mul_(weights_R1)
+                dsilu_RH.mul_(weights_R1)
+            torch.mul(dh_RH[rows], silu_RH, out=dup_RH)
+            torch.ops.aten.silu_backward.grad_input(dsilu_RH, gate_RH, grad_input=dgate_RH)
         return dgate_up_R2H, dweights_R
 
 
@@ -58,7 +59,7 @@ def _activated(gate_up_R2H: Tensor, weights_R: Tensor | None) -> Tensor:
     h_RH = gate_up_R2H.new_empty(gate_up_R2H.shape[0], gate_up_R2H.shape[1] // 2)
     for rows in gate_up_blocks(gate_up_R2H):
         gate_RH, up_RH = gate_up_R2H[rows].chunk(2, dim=-1)
-        product = torch.mul(F.silu(gate_RH), up_RH, out=h_RH[rows])
+        product = torch.ops.aten.silu.out(gate_RH, out=h_RH[rows]).mul_(up_RH)
         if weights_R is not None:
             product.mul_(weights_R[rows].to(product.dtype)[:, None])
     return h_RH
