@@ -220,13 +220,13 @@ def curve(dump: Path) -> list[tuple[int, float, float]]:
     return [(step, record["loss"], record["grad_norm"]) for step, record in steps(dump).items()]
 
 
-def assert_close(found: Path, expected: Path, rel: float = 1e-5) -> None:
-    """Losses and gradient norms of two runs agree."""
+def assert_close(found: Path, expected: Path) -> None:
+    """Losses and gradient norms of two runs agree to 1e-5."""
     a, b = curve(found), curve(expected)
     assert [step for step, *_ in a] == [step for step, *_ in b]
     for (step, *values), (_, *wanted) in zip(a, b, strict=True):
         for value, want in zip(values, wanted, strict=True):
-            assert abs(value - want) <= rel * abs(want), f"step {step}: {values} instead of {wanted}"
+            assert abs(value - want) <= 1e-5 * abs(want), f"step {step}: {values} instead of {wanted}"
 
 
 def saved_steps(dump: Path) -> list[int]:

@@ -55,11 +55,11 @@ class _RMSNorm(torch.autograd.Function):
             x_block, dy_block, inverse = x_RN[rows].float(), dy_RN[rows].float(), inverse_R1[rows]
             dx_block = dx_RN[rows]
             buffer = dx_block if dx_block.dtype == torch.float32 else torch.empty_like(dy_block)
-            product = torch.mul(dy_block, x_block, out=buffer)
             if ctx.needs_input_grad[1]:
-                dweight_N.addmv_(product.t(), inverse[:, 0])
-            along = torch.mv(product, weight)[:, None].mul_(inverse).mul_(inverse).mul_(inverse).div_(-x_RN.shape[1])
-            across = torch.mul(dy_block, inverse, out=buffer).mul_(weight)
+                dweight_N.addmv_(torch.mul(dy_block, x_block, out=buffer).t(), inverse[:, 0])
+            across = torch.mul(dy_block, weight, out=buffer)
+            along = (across * x_block).mean(dim=1, keepdim=True).mul_(inverse).mul_(inverse).mul_(-inverse)
+            across.mul_(inverse)
             dx_block.copy_(across.addcmul_(x_block, along))
         return dx_RN.view(dy.shape), dweight_N.to(weight_N.dtype) if ctx.needs_input_grad[1] else None, None
 
