@@ -71,6 +71,15 @@ def test_without_adapters_all_weights_are_compared(
     assert not any(job["adapter"] for job in jobs)
 
 
+@pytest.mark.parametrize("lora", [[], ["--lora", "rank=16"]], ids=["all weights", "adapters"])
+def test_the_size_need_not_be_named(
+    jobs: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], lora: list[str]
+) -> None:
+    assert train.main(["--layers", "1", "--rounds", "1", "--dtype", "float32", "--json", *lora]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [report[key] for key in ("model", "batch", "seq_len")] == ["qwen3 bench_60M", 2, 1024]
+
+
 def test_a_mistake_in_the_settings_of_adapters_is_told(
     jobs: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,8 +95,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
         epilog="With --job.config_file FILE, options are those of a job: give it together with --help.",
     )
     parser.add_argument("--family", default="qwen3")
-    size = "bench_60M, with --lora bench_170M, which has 128 experts"
-    parser.add_argument("--flavor", help=f"size of the model ({size}); see docs/models.md")
+    parser.add_argument("--flavor", default="bench_60M", help="size of the model; see docs/models.md")
     parser.add_argument("--layers", type=int, help="only so many of them, as where all have no place")
     parser.add_argument(
         "--lora", nargs="*", metavar="KEY=VALUE", help="train adapters alone; keys are those of [lora], as in rank=16"
