@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,14 @@ from titanmoe.ops import frozen
 from titanmoe.ops.frozen import FrozenGroupedProduct, FrozenLinearProduct, FrozenWeight
 from titanmoe.ops.frozen_formats import NF4, Float8Channel, Format
 from titanmoe.ops.grouped_mm import PlainGroupedProduct, grouped_mm
-from titanmoe.ops.low_rank import Adapted, LowRankGroupedProduct, LowRankLinearProduct, scale_outputs
+from titanmoe.ops.low_rank import (
+    Adapted,
+    LowRankGroupedProduct,
+    LowRankLinearProduct,
+    linear_low_rank,
+    scale_outputs,
+)
+from titanmoe.ops.low_rank_rows import add_low_rank, low_rank_gradients
 
 _SCALE = 0.7
 _OFFSETS = [5, 5, 12, 13]  # of 4 experts, one without rows; rows 13 and 14 are no one's
@@ -211,6 +220,43 @@ def test_blocks_of_rows_are_what_experts_are(
         for one, other in zip(found, by_experts, strict=True):
             tolerance = 1e-12 if dtype == torch.float64 else 2e-2 * float(other.detach().abs().max())
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 9])
+@pytest.mark.parametrize("has_base", [True, False], ids=["one operation", "added to a base"])
+def test_experts_in_float32_beside_float64(rank: int, has_base: bool) -> None:
+    """The few columns of x A^T and of its gradient may lie one after the other in memory."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = _tensors(4, dtype=dtype, rank=rank)
+        wanted = [tensors[name] for name in ("x", "a", "b")]
+        adapted = Adapted(tensors["w"], tensors["a"], tensors["b"], dropout=0.0 if has_base else 1e-9)
+        offsets = torch.tensor(_OFFSETS, dtype=torch.int32)
+        y = LowRankGroupedProduct(PlainGroupedProduct(), _SCALE)(tensors["x"], adapted, offsets)
+        results.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_compiler_is_told_of_results_is_true(dtype: torch.dtype) -> None:
+    """Shapes and strides, of rows in order and of many ranks."""
+    for rank in (2, 16):
+        t = {name: tensor.detach() for name, tensor in _tensors(4, dtype=dtype, rank=rank).items()}
+        rows, offsets = (t["x"], None, t["a"]), torch.tensor(_OFFSETS, dtype=torch.int32)
+        b, given = t["b"].mT.contiguous(), torch.ones(15, rank, dtype=dtype)
+        checks: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+            (add_low_rank, (*rows, b, None, t["w"], offsets, 0), {"kernel_name": "auto"}),
+            (add_low_rank, (*rows, None, None, t["w"], offsets, 0), {"kernel_name": "auto"}),
+            (add_low_rank, (t["x"], given, None, b, None, t["w"], offsets, 0), {"kernel_name": "auto"}),
+            (linear_low_rank, (t["x"], t["w"][0].t(), t["a"][0], b[0]), {}),
+        ]
+        dy = torch.ones(15, 6, dtype=dtype)
+        for wants_h in (True, False):
+            gradients = (dy, None, t["x"], given, t["a"], b, t["w"], offsets, 0, (True, wants_h, True, True))
+            checks.append((low_rank_gradients, gradients, {"kernel_name": "auto"}))
+        for op, args, names in checks:
+            torch.library.opcheck(op, args, names, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu

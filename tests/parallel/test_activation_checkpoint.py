@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from tests.models.kinds import KINDS
 from tests.parallel.layouts import Layout, compare, on_rank
 from tests.ranks import run_ranks
-from titanmoe.config import ConfigError
+from titanmoe.config import ConfigError, load_config
+from titanmoe.converters.apply import convert
 from titanmoe.models.build import build_model, init_weights
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import DecoderSpec, Dense, GroupedQuery, LayerSpec, MoE, Rope, Router
@@ -38,9 +40,13 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def _model(spec: DecoderSpec, dtype: torch.dtype = torch.float32, **options: Any) -> Decoder:
+def _model(
+    spec: DecoderSpec, dtype: torch.dtype = torch.float32, settings: Sequence[str] = (), **options: Any
+) -> Decoder:
     model = build_model(spec, device="cpu", dtype=dtype)
     init_weights(model, seed=3)
+    config = load_config(None, settings)
+    convert(model, config.model.converters, config)
     apply_activation_checkpoint(model, **options)
     return model
 
@@ -167,6 +173,15 @@ def test_what_each_mode_keeps(dtype: torch.dtype) -> None:
     assert _DIM <= kept["full"] <= _DIM + small, kept
     assert kept["every layer"] == kept["full"]
     assert kept["by op, less"] <= kept["by op"] - _DIM, kept
+
+
+def test_by_op_keeps_nothing_wide_of_adapters() -> None:
+    """Of a product and what is added to it, their sum alone; and the narrow x A^T of four linear layers."""
+    rank = 3
+    settings = ["--model.converters=lora", f"--lora.rank={rank}", "--lora.target_modules=layers.*.attention.*"]
+    adapted = _kept(_WIDE, settings=settings, **MODES["by op"])
+    assert _kept(_WIDE, settings=["--model.converters="], **MODES["by op"]) + 4 * rank - 1 <= adapted
+    assert adapted <= _kept(_WIDE, **MODES["by op"]) + 4 * rank + 1
 
 
 def test_the_norm_of_accelerators() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from operator import attrgetter
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ class LowPrecision(Converter):
     """Products with both operands in 8 bits.
 
     Attributes:
+        list_key: of the config's section, the key with the patterns.
         backend: what multiplies.
         scaling: how scales are chosen.
         rounds_weight_gradient: whether gradients of weights are such products, too.
@@ -41,6 +43,7 @@ class LowPrecision(Converter):
 
     kind: ClassVar[Kind]
     number_format: ClassVar[NumberFormat]
+    list_key: ClassVar[str]
 
     backend: Backend
     scaling: Scaling
@@ -48,15 +51,24 @@ class LowPrecision(Converter):
     patterns: tuple[str, ...] = ()
 
     @classmethod
-    def _backend(cls, section: Any, device: torch.device) -> Backend:
+    def from_job(cls, config: JobConfig, device: torch.device) -> LowPrecision:
+        section = attrgetter(cls.name)(config)
         try:
-            return choose_backend(cls.kind, cls.number_format, device, section.backend, section.emulate)
+            backend = choose_backend(cls.kind, cls.number_format, device, section.backend, section.emulate)
         except NoBackendError as error:
             raise ConfigError(
                 str(error),
                 where="model.converters",
                 mend=f"Set {cls.name}.emulate = true to compute the same numbers without the hardware, slowly.",
             ) from error
+        recipe = section.recipe_name
+        rounds = not (recipe or "").endswith(("_with_hp", "_with_gw_hp"))
+        return cls(backend, cls.scaling_of(recipe), rounds, getattr(section, cls.list_key))
+
+    @staticmethod
+    @abstractmethod
+    def scaling_of(recipe: str | None) -> Scaling:
+        """How scales are chosen in the recipe that the section names."""
 
     @property
     def result(self) -> str:
@@ -90,6 +102,7 @@ class _LinearLayers(LowPrecision):
     """All linear layers but those on a list."""
 
     kind = "linear"
+    list_key = "filter_fqns"
     modules = "linear layers"
 
     def may_change(self, module: nn.Module) -> bool:
@@ -102,7 +115,7 @@ class _LinearLayers(LowPrecision):
     def check(self, modules: Mapping[str, nn.Module]) -> None:
         # A tied embedding is the output, too, and is never changed.
         paths = dict.fromkeys([*modules, "output", *([AUTO_FILTER] if self.leaves_small else [])])
-        check_each_matches(self.patterns, list(paths), f"{self.name}.filter_fqns", "modules")
+        check_each_matches(self.patterns, list(paths), f"{self.name}.{self.list_key}", "modules")
 
     def unwanted(self, path: str, module: nn.Module) -> str:
         listed = first_match(path, self.patterns)
@@ -121,13 +134,14 @@ class _GroupedProducts(LowPrecision):
     """Experts that are on a list."""
 
     kind = "grouped_mm"
+    list_key = "fqns"
     modules = "modules of experts"
 
     def may_change(self, module: nn.Module) -> bool:
         return isinstance(module, Experts)
 
     def check(self, modules: Mapping[str, nn.Module]) -> None:
-        where = f"{self.name}.fqns"
+        where = f"{self.name}.{self.list_key}"
         if not self.patterns:
             raise ConfigError(
                 "the list is empty: nothing would be converted",
@@ -150,60 +164,36 @@ class _GroupedProducts(LowPrecision):
 class Float8Linear(_LinearLayers):
     number_format = "float8"
 
-    @classmethod
-    def from_job(cls, config: JobConfig, device: torch.device) -> Float8Linear:
-        section = config.quantize.linear.float8
-        return cls(
-            cls._backend(section, device),
-            Scaling("tensor" if section.recipe_name in (None, "tensorwise") else "row"),
-            rounds_weight_gradient=section.recipe_name != "rowwise_with_gw_hp",
-            patterns=section.filter_fqns,
-        )
+    @staticmethod
+    def scaling_of(recipe: str | None) -> Scaling:
+        return Scaling("tensor" if recipe in (None, "tensorwise") else "row")
 
 
 @converter("quantize.linear.mx")
 class MXLinear(_LinearLayers):
     number_format = "mx"
 
-    @classmethod
-    def from_job(cls, config: JobConfig, device: torch.device) -> MXLinear:
-        section = config.quantize.linear.mx
-        return cls(
-            cls._backend(section, device),
-            Scaling("block", "down" if section.recipe_name == "mxfp8_cublas" else "up"),
-            rounds_weight_gradient=section.recipe_name != "mxfp8_rceil_wgrad_with_hp",
-            patterns=section.filter_fqns,
-        )
+    @staticmethod
+    def scaling_of(recipe: str | None) -> Scaling:
+        return Scaling("block", "down" if recipe == "mxfp8_cublas" else "up")
 
 
 @converter("quantize.grouped_mm.float8")
 class Float8GroupedMM(_GroupedProducts):
     number_format = "float8"
 
-    @classmethod
-    def from_job(cls, config: JobConfig, device: torch.device) -> Float8GroupedMM:
-        section = config.quantize.grouped_mm.float8
-        return cls(
-            cls._backend(section, device),
-            Scaling("row"),
-            rounds_weight_gradient=section.recipe_name != "rowwise_with_gw_hp",
-            patterns=section.fqns,
-        )
+    @staticmethod
+    def scaling_of(recipe: str | None) -> Scaling:
+        return Scaling("row")
 
 
 @converter("quantize.grouped_mm.mx")
 class MXGroupedMM(_GroupedProducts):
     number_format = "mx"
 
-    @classmethod
-    def from_job(cls, config: JobConfig, device: torch.device) -> MXGroupedMM:
-        section = config.quantize.grouped_mm.mx
-        return cls(
-            cls._backend(section, device),
-            Scaling("block"),
-            rounds_weight_gradient=section.recipe_name != "mxfp8_wgrad_with_hp",
-            patterns=section.fqns,
-        )
+    @staticmethod
+    def scaling_of(recipe: str | None) -> Scaling:
+        return Scaling("block")
 
 
 @register_quantize_module_handler(Float8Linear)

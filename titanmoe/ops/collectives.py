@@ -15,36 +15,26 @@ from torch import Tensor
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
     """Every rank's `x`, one after the other along `dim`; in the backward pass gradients are summed over ranks."""
-    gathered: Tensor = _AllGather.apply(x, group, dim)
+    gathered: Tensor = _Collective.apply(x, group, dim, True)
     return gathered
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
     """This rank's part, of equal ones along `dim`, of the sum of every rank's `x`; the backward pass gathers."""
-    part: Tensor = _ReduceScatter.apply(x, group, dim)
+    part: Tensor = _Collective.apply(x, group, dim, False)
     return part
 
 
-class _AllGather(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _gather(x, group, dim)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int, gathers: bool) -> Tensor:
+        ctx.settings = group, dim, gathers
+        return (_gather if gathers else _sum_and_scatter)(x, group, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _sum_and_scatter(grad, ctx.group, ctx.dim), None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        return _sum_and_scatter(x, group, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.group, ctx.dim), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        group, dim, gathers = ctx.settings
+        return (_sum_and_scatter if gathers else _gather)(grad, group, dim), None, None, None
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:

@@ -270,14 +270,7 @@ def rows_times_frozen(
 
 @rows_times_frozen.register_fake
 def _(
-    x_RC: Tensor,
-    parts: Sequence[Tensor],
-    offsets_E: Tensor | None,
-    num_rows: int,
-    format_name: str,
-    *,
-    transpose: bool,
-    kernel_name: str = "auto",
+    x_RC: Any, parts: Any, offsets_E: Any, num_rows: int, format_name: str, *, transpose: bool, **names: Any
 ) -> Tensor:
     w = FrozenWeight(format_named(format_name), tuple(parts), offsets_E is not None)
     return x_RC.new_empty(x_RC.shape[0], w.shape[-2 if transpose else -1])

@@ -61,7 +61,7 @@ class PlainGroupedProduct:
         reached 350. float32 goes to BLAS, which has no such cost; nor have the few tokens of a decoding step, whose
         counts are all small.
         """
-        is_slow = x.device.type == "cpu" and x.dtype != torch.float32 and not torch.compiler.is_compiling()
+        is_slow = x.device.type == "cpu" and x.dtype != torch.float32
         is_slow = is_slow and x.shape[:-1].numel() > _FEW_TOKENS
         return 32 if is_slow else 1
 

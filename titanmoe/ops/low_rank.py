@@ -234,11 +234,14 @@ class _AddLowRank(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale = scale
         a, b_LN = _factors(a_LK, b_NL, scale, x_TK.dtype)
-        h_TL = x_TK @ a.t()
-        y_TN = y_TN if w_NK is None else x_TK @ w_NK.t()
+        if w_NK is not None:
+            y_TN, h_TL = linear_low_rank(x_TK, w_NK.t(), a, b_LN)
+        else:
+            assert y_TN is not None
+            h_TL = x_TK @ a.t()
+            y_TN = torch.addmm(y_TN, h_TL, b_LN)  # not in place: recomputation may keep the first product
         ctx.save_for_backward(x_TK, h_TL, a_LK, b_NL, w_NK if ctx.needs_input_grad[0] else None)
-        assert y_TN is not None
-        return torch.addmm(y_TN, h_TL, b_LN)  # not in place: recomputation may keep the first product
+        return y_TN
 
     @staticmethod
     def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
@@ -257,6 +260,20 @@ class _AddLowRank(torch.autograd.Function):
         if wants_b:
             db = ((h_TL.t() @ dy_TN).t() * ctx.scale).to(b_NL.dtype)
         return dx, da, db, dy_TN if ctx.needs_input_grad[3] else None, None, None
+
+
+# An operator, so that recomputation keeps its result alone.
+@torch.library.custom_op("titanmoe::linear_low_rank", mutates_args=())
+def linear_low_rank(x_TK: Tensor, w_KN: Tensor, a_LK: Tensor, b_LN: Tensor) -> tuple[Tensor, Tensor]:
+    """x W + (x A^T) B, and x A^T."""
+    y_TN = x_TK @ w_KN
+    h_TL = x_TK @ a_LK.t()
+    return y_TN.addmm_(h_TL, b_LN), h_TL
+
+
+@linear_low_rank.register_fake
+def _unfilled_products(x_TK: Any, w_KN: Any, a_LK: Any, b_LN: Any) -> tuple[Tensor, Tensor]:
+    return x_TK.new_empty(x_TK.shape[0], w_KN.shape[1]), x_TK.new_empty(x_TK.shape[0], a_LK.shape[0])
 
 
 def _factors(a_LK: Tensor, b_NL: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int, align: int = 1, waits: 
         num_experts: fewer than 2 ** 15.
         align: pad each expert's rows to a multiple of this.
         waits: whether to ask the device for the number of rows, if there is padding; else there is a tail. By default
-            only on the CPU, where it is known.
+            only on the CPU, where it is known, and not where it would end what is compiled at once.
     """
     device, top_k = experts_TK.device, experts_TK.shape[1]
     # Narrow keys: a radix sort takes a pass, or less, for each of their bytes.
@@ -115,7 +115,7 @@ def _padded(ends_E: Tensor, align: int) -> tuple[Tensor, Tensor]:
 
 def _slots(row_S: Tensor, slot_S: Tensor, ends_E: Tensor, align: int, waits: bool | None) -> tuple[Tensor, Tensor]:
     """`slot_R` and `is_padding_R`, where slot `slot_S[s]` lies in row `row_S[s]`."""
-    if waits or (waits is None and ends_E.device.type == "cpu"):
+    if waits or (waits is None and ends_E.device.type == "cpu" and not torch.compiler.is_compiling()):
         num_rows = int(ends_E[-1])
     else:
         num_slots = slot_S.shape[0]

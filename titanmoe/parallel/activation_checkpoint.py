@@ -34,7 +34,8 @@ from titanmoe.config.errors import ConfigError
 from titanmoe.models.build import build_model
 from titanmoe.models.decoder import Decoder
 from titanmoe.ops.frozen_native import block_scaled_mm  # noqa: F401 - defines an operator named below
-from titanmoe.ops.low_rank_rows import add_low_rank  # noqa: F401 - so does this
+from titanmoe.ops.low_rank import linear_low_rank  # noqa: F401 - so does this
+from titanmoe.ops.low_rank_rows import add_low_rank  # noqa: F401 - and this
 from titanmoe.ops.native_float8 import scaled_rows_times_weights  # noqa: F401 - and so does this
 from titanmoe.ops.sharding import local_tensor
 from titanmoe.parallel.expert import exchanging_dispatcher
@@ -42,7 +43,12 @@ from titanmoe.parallel.expert import exchanging_dispatcher
 Result = TypeVar("Result")
 Mode = Literal["none", "full", "selective", "moe", "memory_budget"]
 
-_MATMULS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2, torch.ops.aten._scaled_mm.default: 1}
+_MATMULS = {
+    torch.ops.aten.mm.default: 1,
+    torch.ops.aten.addmm.default: 2,
+    torch.ops.aten._scaled_mm.default: 1,
+    torch.ops.titanmoe.linear_low_rank.default: 1,
+}
 """Products, and which of their arguments is the weight, transposed."""
 
 _COSTLY = {
