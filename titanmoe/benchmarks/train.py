@@ -82,6 +82,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch,
         "seq_len": options.seq_len,
         "threads": options.threads,
+        "compile": options.compile,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU",
         "torch": torch.__version__,
         "results": results,
@@ -107,6 +108,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="steps per round and contender")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--against", nargs="*", default=["transformers"], choices=["transformers"])
+    parser.add_argument("--compile", action="store_true", help="each layer of all contenders, with torch.compile")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="by default a GPU if there is one")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(args)
@@ -188,6 +190,7 @@ def _compete(folder: str, dtype: str, device: str, options: argparse.Namespace) 
         "device": device,
         "threads": options.threads,
         "steps": options.steps,
+        "compiles": options.compile,
         "lora": _lora_options(options, dtype),
     }
     adapter = "" if options.lora is None else str(Path(folder) / "adapter")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from titanmoe.benchmarks.device_timing import synchronize
 from titanmoe.benchmarks.turns import serve
@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(job["threads"])
     device, dtype = torch.device(job["device"]), getattr(torch, job["dtype"])
     build = {"titanmoe": _titanmoe, "transformers": _transformers}[job["system"]]
-    step = build(job["checkpoint"], dtype, device, job["adapter"], job["lora"])
+    step = build(job["checkpoint"], dtype, device, job["adapter"], job["lora"], job["compiles"])
     batches = load_file(job["batches"], device=job["device"])["tokens"].unbind(0)  # each (B, S + 1)
     position = 0
 
@@ -52,7 +52,14 @@ def main() -> None:
     serve({"system": job["system"], "matmul_gflops": _matmul_gflops(dtype, device)}, run)
 
 
-def _titanmoe(checkpoint: str, dtype: torch.dtype, device: torch.device, adapter: str, lora: Sequence[str]) -> Step:
+def _titanmoe(
+    checkpoint: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: str,
+    lora: Sequence[str],
+    compiles: bool = False,
+) -> Step:
     from titanmoe.checkpoint.pretrained import from_pretrained
     from titanmoe.data.packing import Batch
     from titanmoe.parallel.host_memory import keep_freed_memory
@@ -65,6 +72,8 @@ def _titanmoe(checkpoint: str, dtype: torch.dtype, device: torch.device, adapter
     model = from_pretrained(checkpoint, dtype=dtype, device=device)
     if adapter:
         _adapt(model, adapter, lora)
+    if compiles:
+        _compile(model.blocks())
     optimizer = build_optimizer(
         model,
         name="AdamW",
@@ -100,7 +109,20 @@ def _adapt(model: Any, adapter: str, lora: Sequence[str]) -> None:
     load_adapter(model, adapter, family_of_spec(model.spec), AdapterSettings.of(config.lora))
 
 
-def _transformers(checkpoint: str, dtype: torch.dtype, device: torch.device, adapter: str, lora: Sequence[str]) -> Step:
+def _compile(layers: Sequence[nn.Module]) -> None:
+    """As `compile.enable` does."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+
+
+def _transformers(
+    checkpoint: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: str,
+    lora: Sequence[str],
+    compiles: bool = False,
+) -> Step:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -112,6 +134,8 @@ def _transformers(checkpoint: str, dtype: torch.dtype, device: torch.device, ada
         # By default PEFT casts adapters of a bfloat16 model to float32, and what they multiply, too.
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
     model.to(device).train()
+    if compiles:
+        _compile([module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in parameters} == {dtype}
     optimizer = torch.optim.AdamW(
