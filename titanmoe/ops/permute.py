@@ -196,7 +196,8 @@ class _PermuteWeights(torch.autograd.Function):
     def forward(ctx: Any, weights_TK: Tensor, slot_R: Tensor, row_TK: Tensor, is_padding_R: Tensor | None) -> Tensor:
         ctx.save_for_backward(row_TK)
         weights_R = weights_TK.reshape(-1).index_select(0, slot_R)
-        return weights_R if is_padding_R is None else weights_R.masked_fill_(is_padding_R, 0.0)
+        # Not in place: torch 2.11 loses the gradient then if it compiles this.
+        return weights_R if is_padding_R is None else weights_R.masked_fill(is_padding_R, 0.0)
 
     @staticmethod
     def backward(ctx: Any, dweights_R: Tensor) -> tuple[Tensor, None, None, None]:
