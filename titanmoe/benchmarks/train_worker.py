@@ -112,7 +112,7 @@ def _adapt(model: Any, adapter: str, lora: Sequence[str]) -> None:
 def _compile(layers: Sequence[nn.Module]) -> None:
     """As `compile.enable` does."""
     for layer in layers:
-        layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+        layer.forward = torch.compile(layer.forward)
 
 
 def _transformers(
