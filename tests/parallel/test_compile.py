@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.models.kinds import KINDS
 from tests.ranks import run_ranks
+from titanmoe import ops
 from titanmoe.config.sections.machine import ActivationCheckpoint
 from titanmoe.config.sizes import Degrees
 from titanmoe.models.build import build_model, init_weights, materialize
@@ -21,6 +23,7 @@ from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import DecoderSpec
 from titanmoe.ops.grouped_mm import PlainGroupedProduct
 from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
+from titanmoe.parallel.compile import _fingerprint, compile_layers
 from titanmoe.parallel.mesh import Mesh
 from titanmoe.parallel.parallelize import parallelize
 from titanmoe.parallel.tensor import finish_gradients
@@ -62,8 +65,7 @@ def _model(spec: DecoderSpec, backend: Any, **options: Any) -> Decoder:
     model = build_model(spec, device="cpu")
     init_weights(model, seed=3)
     if backend is not None:
-        for block in model.blocks():
-            block.forward = torch.compile(block.forward, backend=backend)
+        compile_layers(model.blocks(), backend)
     apply_activation_checkpoint(model, **options, is_compiled=backend is not None)
     return model
 
@@ -115,6 +117,19 @@ def test_on_a_cpu_in_bfloat16_rows_are_padded_in_one_graph() -> None:
         lambda x: x[: PlainGroupedProduct().row_multiple(x, True)], backend="eager", fullgraph=True
     )
     assert len(multiple(torch.ones(64, 8, dtype=torch.bfloat16))) == 32
+
+
+def test_what_a_compiler_kept_is_not_found_by_other_operators(tmp_path: Path) -> None:
+    with torch.compiler.config.patch(cache_key_tag="of the user"):
+        for _ in range(2):
+            compile_layers([nn.Linear(2, 2)], "eager")
+        tag = torch.compiler.config.cache_key_tag
+    assert tag.startswith("of the user") and tag.count("titanmoe-") == 1
+    assert tag.endswith(_fingerprint(Path(ops.__file__).parent))
+    (tmp_path / "grouped_mm.py").write_text("# an operator\n")
+    before = _fingerprint(tmp_path)
+    (tmp_path / "grouped_mm.py").write_text("# an operator that was changed\n")
+    assert _fingerprint(tmp_path) != before
 
 
 @pytest.mark.slow

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from titanmoe.benchmarks.device_timing import synchronize
 from titanmoe.benchmarks.turns import serve
+from titanmoe.parallel.compile import compile_layers
 
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_NORM = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
@@ -73,7 +74,7 @@ def _titanmoe(
     if adapter:
         _adapt(model, adapter, lora)
     if compiles:
-        _compile(model.blocks())
+        compile_layers(model.blocks(), "inductor")
     optimizer = build_optimizer(
         model,
         name="AdamW",
@@ -109,12 +110,6 @@ def _adapt(model: Any, adapter: str, lora: Sequence[str]) -> None:
     load_adapter(model, adapter, family_of_spec(model.spec), AdapterSettings.of(config.lora))
 
 
-def _compile(layers: Sequence[nn.Module]) -> None:
-    """As `compile.enable` does."""
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward)
-
-
 def _transformers(
     checkpoint: str,
     dtype: torch.dtype,
@@ -135,7 +130,8 @@ def _transformers(
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False)
     model.to(device).train()
     if compiles:
-        _compile([module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")])
+        layers = (module for module in model.modules() if type(module).__name__.endswith("DecoderLayer"))
+        compile_layers(layers, "inductor")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in parameters} == {dtype}
     optimizer = torch.optim.AdamW(

@@ -10,6 +10,7 @@ import torch
 from titanmoe.config.sections.machine import ActivationCheckpoint
 from titanmoe.models.decoder import Decoder, Part
 from titanmoe.parallel.activation_checkpoint import apply_activation_checkpoint
+from titanmoe.parallel.compile import compile_layers
 from titanmoe.parallel.context import apply_context_parallel, share_sequence_statistics
 from titanmoe.parallel.expert import apply_expert_parallel
 from titanmoe.parallel.fsdp import Reshard, apply_fsdp
@@ -51,8 +52,7 @@ def parallelize(
     check_products_can_be_split(model)
     models = [model.view(part) for part in parts] or [model]
     if compile_backend is not None:
-        for block in model.blocks():
-            block.forward = torch.compile(block.forward, backend=compile_backend)  # type: ignore[method-assign]
+        compile_layers(model.blocks(), compile_backend)
     if recompute is not None:
         apply_activation_checkpoint(
             model,
