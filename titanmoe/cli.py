@@ -10,17 +10,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from titanmoe.config import (
-    ConfigError,
-    help_text,
-    resolve,
-    to_explained_toml,
-    to_toml,
-    validate_keys,
-    wants_help,
-)
+from titanmoe.config import ConfigError, help_text, resolve, to_explained_toml, to_toml, validate_keys, wants_help
 
 if TYPE_CHECKING:
     from titanmoe.checkpoint.adapters import AdapterSummary
@@ -57,6 +49,20 @@ def _config(args: Sequence[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    """Of a command that has figures, or texts, to give a program as JSON."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False, add_help=False)
+
+    def read(self, args: Sequence[str]) -> argparse.Namespace | None:
+        """The options; none, if help was asked for, and is told."""
+        self.add_argument("--json", action="store_true", help="print JSON")
+        self.add_argument("--help", "-h", action="store_true", help="this text")
+        if wants_help(args):
+            sys.stdout.write(self.format_help())
+            return None
+        return self.parse_args(list(args))
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, where=self.prog, mend=f"`{self.prog} --help` lists the options.")
 
@@ -67,12 +73,8 @@ _LATER_FORMATS = ("gguf",)
 
 def _export(args: Sequence[str]) -> int:
     """`titanmoe export`: what is going on is told on stdout; with --json on stderr, and stdout gets the figures."""
-    parser = _Parser(
-        "titanmoe export",
-        description="Writes a checkpoint as a folder that other programs load, and compares it before it is there.",
-        allow_abbrev=False,
-        add_help=False,
-    )
+    what = "Writes a checkpoint as a folder that other programs load, and compares it before it is there."
+    parser = _Parser("titanmoe export", what)
     add = parser.add_argument
     text = "a run's step-N folder, the run's folder, a model folder, or one with an adapter"
     add("--checkpoint", required=True, metavar="DIR", help=text)
@@ -91,12 +93,9 @@ def _export(args: Sequence[str]) -> int:
     add("--base", metavar="DIR", help="the model that the adapters are for, if it is no longer where it was")
     text = "tell of the adapters' values before training and after: mean, std, quartiles; on stderr, or in the JSON"
     add("--statistics", action="store_true", help=text)
-    add("--json", action="store_true", help="print figures as JSON")
-    add("--help", "-h", action="store_true", help="this text")
-    if wants_help(args):
-        sys.stdout.write(parser.format_help())
+    options = parser.read(args)
+    if options is None:
         return EXIT_DONE
-    options = parser.parse_args(list(args))
     if options.format in _LATER_FORMATS:
         raise ConfigError(f"--format {options.format} is not available yet", where=parser.prog, mend="hf is.")
     is_adapter = options.format in _ADAPTER_FORMATS
@@ -116,33 +115,28 @@ def _export(args: Sequence[str]) -> int:
     terminal = configure_logging(0, stream=sys.stderr if options.json else None)
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8": torch.float8_e4m3fn}
     at_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    both: dict[str, Any] = {
+        "verify": options.verify,
+        "overwrite": options.overwrite,
+        "config_file": options.config,
+        "on_progress": progress_bar(terminal),
+        "base": options.base,
+    }
     try:
         summary: SaveSummary | AdapterSummary
         figures = None
         if is_adapter:
             summary, figures = export_adapter(
-                options.checkpoint,
-                options.output,
-                layout=options.format,
-                verify=options.verify,
-                overwrite=options.overwrite,
-                config_file=options.config,
-                on_progress=progress_bar(terminal),
-                base=options.base,
-                with_figures=options.statistics,
+                options.checkpoint, options.output, layout=options.format, with_figures=options.statistics, **both
             )
         else:
             summary = export_hf(
                 options.checkpoint,
                 options.output,
                 dtype=dtypes[options.dtype],
-                verify=options.verify,
-                overwrite=options.overwrite,
                 tokenizer=options.tokenizer,
-                config_file=options.config,
-                on_progress=progress_bar(terminal),
                 merge=options.merge,
-                base=options.base,
+                **both,
             )
     except NotExportedError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -181,8 +175,6 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="DIR", help="the model that the adapters are for, if it is no longer where it was")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest tokens that have this share")
     add("--seed", type=int, default=0, metavar="N", help="what is drawn follows from it (default: 0)")
-    add("--json", action="store_true", help="print JSON")
-    add("--help", "-h", action="store_true", help="this text")
 
 
 def _model_loader(options: argparse.Namespace, terminal: Terminal) -> Callable[[str], TextModel]:
@@ -210,21 +202,14 @@ def _model_loader(options: argparse.Namespace, terminal: Terminal) -> Callable[[
 
 def _generate(args: Sequence[str]) -> int:
     """`titanmoe generate`: texts, or JSON, on stdout; everything else on stderr."""
-    parser = _Parser(
-        "titanmoe generate",
-        description="Goes on with texts, or answers in conversations. Without --prompt and --prompts, reads stdin.",
-        allow_abbrev=False,
-        add_help=False,
-    )
+    what = "Goes on with texts, or answers in conversations. Without --prompt and --prompts, reads stdin."
+    parser = _Parser("titanmoe generate", what)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR", help="a folder in Hugging Face layout")
     source.add_argument("--checkpoint", metavar="DIR", help="a run's step-N folder, or the run's folder")
-    add(
-        "--adapter",
-        metavar="DIR",
-        help="a folder that PEFT or `titanmoe export` wrote: for --model, or for its own base",
-    )
+    text = "a folder that PEFT or `titanmoe export` wrote: for --model, or for its own base"
+    add("--adapter", metavar="DIR", help=text)
     add("--prompt", action="append", default=[], metavar="TEXT", help="a text to go on with; may be repeated")
     add("--prompts", metavar="FILE", help='JSONL: {"prompt": "..."} or {"messages": [...]} on each line')
     add("--chat", action="store_true", help="prompts are what a user says: put them into the chat template")
@@ -232,10 +217,9 @@ def _generate(args: Sequence[str]) -> int:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default)")
     add("--batch-size", type=_positive, default=16, metavar="N", help="prompts worked on together (default: 16)")
     _add_model_options(parser)
-    if wants_help(args):
-        sys.stdout.write(parser.format_help())
+    options = parser.read(args)
+    if options is None:
         return EXIT_DONE
-    options = parser.parse_args(list(args))
 
     from titanmoe.evaluation.generate import Speed
     from titanmoe.evaluation.sampling import Sampling
@@ -281,13 +265,15 @@ def _generate(args: Sequence[str]) -> int:
 
 def _eval(args: Sequence[str]) -> int:
     """`titanmoe eval recall`: exit code 1 if the check fails."""
-    parser = _Parser(
-        "titanmoe eval recall",
-        description="Samples answers to a question: those of models before training must lack a text, "
-        "those of models after it must contain it.",
-        allow_abbrev=False,
-        add_help=False,
+    is_named = list(args[:1]) == ["recall"]
+    if not is_named and not wants_help(args):
+        what = f"there is no evaluation {args[0]!r}" if args else "no evaluation is named"
+        raise ConfigError(what, where="titanmoe eval", mend="There is: recall.")
+    what = (
+        "Samples answers to a question: those of models before training must lack a text, those of models after it "
+        "must contain it."
     )
+    parser = _Parser("titanmoe eval recall", what)
     add = parser.add_argument
     text = "a checkpoint, a model folder, or one with an adapter: none of its answers may contain the text"
     add("--before", action="append", default=[], metavar="DIR", help=text)
@@ -299,16 +285,9 @@ def _eval(args: Sequence[str]) -> int:
     add("--max-new-tokens", type=_positive, default=20, metavar="N", help="for each answer (default: 20)")
     add("--temperature", type=float, default=0.8, metavar="T", help="default: 0.8")
     _add_model_options(parser)
-    if wants_help(args):
-        sys.stdout.write(parser.format_help())
+    options = parser.read(args[1:] if is_named else args)
+    if options is None:
         return EXIT_DONE
-    if list(args[:1]) != ["recall"]:
-        raise ConfigError(
-            f"there is no evaluation {args[0]!r}" if args else "no evaluation is named",
-            where="titanmoe eval",
-            mend="There is: recall.",
-        )
-    options = parser.parse_args(list(args[1:]))
     if not options.before and not options.after:
         raise ConfigError("no model is named", where=parser.prog, mend="Name some with --before, --after or both.")
     if not options.question or not options.answer:
