@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor
 from tests.models.kinds import KINDS
 from tests.ranks import run_ranks
 from titanmoe import ops
+from titanmoe.config import load_config
 from titanmoe.config.sections.machine import ActivationCheckpoint
 from titanmoe.config.sizes import Degrees
+from titanmoe.converters.apply import convert
 from titanmoe.models.build import build_model, init_weights, materialize
 from titanmoe.models.decoder import Decoder
 from titanmoe.models.spec import DecoderSpec
@@ -117,6 +119,27 @@ def test_on_a_cpu_in_bfloat16_rows_are_padded_in_one_graph() -> None:
         lambda x: x[: PlainGroupedProduct().row_multiple(x, True)], backend="eager", fullgraph=True
     )
     assert len(multiple(torch.ones(64, 8, dtype=torch.bfloat16))) == 32
+
+
+@pytest.mark.parametrize("dora", [[], ["--lora.use_dora"]], ids=["LoRA", "DoRA"])
+def test_another_scale_of_adapters_in_the_same_process(dora: list[str]) -> None:
+    """A number that changes would become a variable of the graph, which torch 2.13 cannot compile here."""
+    for alpha in (8.0, 12.0):
+        config = load_config(None, ["--model.converters=lora", "--lora.rank=4", f"--lora.alpha={alpha}", *dora])
+        gradients = []
+        for backend in ("aot_eager", None):
+            model = _model(KINDS["grouped-query"], None, mode="none")
+            convert(model, ["lora"], config)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+            if backend is not None:
+                compile_layers(model.blocks(), backend)
+            _step(model, *_batch(0, False))
+            gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        compiled, plain = gradients
+        assert len(plain) > 10
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_compiler_kept_is_not_found_by_other_operators(tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ def compile_layers(layers: Iterable[nn.Module], backend: str | Callable[..., Any
     if tag not in config.cache_key_tag:
         config.cache_key_tag += tag
     for layer in layers:
-        layer.forward = torch.compile(layer.forward, backend=backend)
+        # Of torch 2.11 to 2.13. Numbers of a model are constants; one that another model has otherwise would become a
+        # variable, which 2.13 cannot compile where it is used inside an autograd Function and outside of it, too.
+        constants = torch._dynamo.config.patch(specialize_float=True)
+        layer.forward = constants(torch.compile(layer.forward, backend=backend))
 
 
 def _fingerprint(folder: Path) -> str:
